@@ -1,0 +1,86 @@
+"""A convolution with a quantized weight, its batch normalisation and its correction as one module."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from qyolo_deploy.graph.fake_quantize import Quantizer
+from qyolo_deploy.quant.spec import QuantSpec
+
+# Keeps folded scales positive: a channel whose factor reached zero could not be folded into a scale.
+MIN_GAMMA = 1e-6
+
+
+class QuantConv(nn.Module):
+    """`beta + gamma * ((gain * conv(x, q(w)) + shift) - mean) / sqrt(var + eps)`.
+
+    Batch normalisation uses its running statistics and learns its weight and bias; gain and shift are those of
+    quantization correction (Gupta and Asthana, 2311.05109, section 3) and are 1 and 0 until it runs. Everything
+    after the convolution is affine per channel, so the forward pass multiplies it into the weights.
+
+    Args:
+        conv: The float convolution.
+        norm: Its batch normalisation, if it has one.
+        spec: Grid of the weights; None keeps the layer in float.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, spec: QuantSpec | None) -> None:
+        super().__init__()
+        channels = conv.out_channels
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        weight = conv.weight.detach().clone()
+        bias = conv.bias.detach().clone() if conv.bias is not None else torch.zeros(channels)
+        self.has_norm = norm is not None
+        gamma, beta, mean, var, self.eps = (
+            torch.ones(channels),
+            bias,
+            torch.zeros(channels),
+            torch.ones(channels),
+            0.0,
+        )
+        if norm is not None:
+            gamma, mean, var, self.eps = (
+                norm.weight.detach().clone(),
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+            )
+            beta = norm.bias.detach().clone()
+            # A negative gamma would fold into a negative scale, so its sign moves into weights, bias and mean.
+            sign = torch.where(gamma < 0, -1.0, 1.0)
+            weight, gamma = weight * sign[:, None, None, None], (gamma * sign).clamp_(min=MIN_GAMMA)
+            mean = (mean - bias) * sign
+        self.weight = nn.Parameter(weight)
+        self.gamma = nn.Parameter(gamma, requires_grad=self.has_norm)
+        self.beta = nn.Parameter(beta)
+        self.register_buffer("mean", mean.detach().clone())
+        self.register_buffer("var", var.detach().clone())
+        self.log_gain = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(channels), requires_grad=False)
+        self.quantizer = Quantizer(spec, channels) if spec is not None else None
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Factor and bias, each `[C_out]`, of what follows the convolution."""
+        gain = torch.exp(self.log_gain)
+        if not self.has_norm:
+            return gain, gain * self.beta + self.shift
+        slope = self.gamma * torch.rsqrt(self.var + self.eps)
+        return slope * gain, self.beta + (self.shift - self.mean) * slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float32 `[N, C_in, H, W]` to `[N, C_out, H', W']`."""
+        weight = self.quantizer(self.weight) if self.quantizer is not None else self.weight
+        factor, bias = self.affine()
+        weight = weight * factor[:, None, None, None]
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keeps gamma positive, so that it can be folded into a scale, after an optimizer step."""
+        if self.has_norm:
+            self.gamma.clamp_(min=MIN_GAMMA)

@@ -1,0 +1,221 @@
+"""Decides which tensors of a traced network are quantized, with which grid, and which share one.
+
+The rules follow what the runtimes fuse: every convolution has quantized inputs, weights and outputs; Sigmoid,
+Mul and Add have quantized outputs; Concat, pooling, resizing and splitting repeat the scale of what they read.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from qyolo_deploy.graph.ops import Add, Concat, Mul
+from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
+
+INNER_BITS = 8
+_REPEATING_MODULES = (nn.MaxPool2d, nn.Upsample, nn.Identity, nn.Dropout, Concat)
+_REPEATING_CALLS = {"chunk", "split", "contiguous", "getitem"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a network is quantized.
+
+    Args:
+        layers: Convolution name -> its bits, quantized layers only.
+        inputs: Convolution name -> name of the tensor that it reads.
+        groups: Tensor name -> name of the group of tensors that share its scale; the group is named after its first.
+        specs: Group name -> grid.
+        repeats: Tensors that only repeat their group's values (Concat, pooling, resizing): quantizing them again
+            changes nothing, but a runtime wants to see it.
+        inner: Tensors inside a SiLU (its input and its sigmoid), which some runtimes fuse away.
+    """
+
+    layers: Mapping[str, LayerScheme]
+    inputs: Mapping[str, str]
+    groups: Mapping[str, str]
+    specs: Mapping[str, QuantSpec]
+    repeats: frozenset[str]
+    inner: frozenset[str]
+
+
+class _Network:
+    """Typed look-ups on a traced graph."""
+
+    def __init__(self, traced: fx.GraphModule) -> None:
+        self.nodes = list(traced.graph.nodes)
+        self._modules = dict(traced.named_modules())
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self._modules[str(node.target)] if node.op == "call_module" else None
+
+    def is_conv(self, node: fx.Node) -> bool:
+        return isinstance(self.module(node), nn.Conv2d)
+
+    def convs(self) -> list[fx.Node]:
+        return [node for node in self.nodes if self.is_conv(node)]
+
+    def norm_of(self, conv: fx.Node) -> fx.Node | None:
+        """The batch normalisation that alone reads a convolution."""
+        users = list(conv.users)
+        if len(users) == 1 and isinstance(self.module(users[0]), nn.BatchNorm2d):
+            return users[0]
+        return None
+
+    def owner(self, node: fx.Node) -> fx.Node:
+        """The convolution behind a batch normalisation, or the node itself: it names the tensor."""
+        if isinstance(self.module(node), nn.BatchNorm2d) and self.is_conv(node.args[0]):  # type: ignore[arg-type]
+            return node.args[0]  # type: ignore[return-value]
+        return node
+
+    def repeats(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.module(node), _REPEATING_MODULES)
+        name = "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", node.target)
+        return name in _REPEATING_CALLS and isinstance(node.args[0], fx.Node) and self._splits_tensor(node)
+
+    def _splits_tensor(self, node: fx.Node) -> bool:
+        """A getitem repeats a tensor only where it takes one part of a split one, not of a shape."""
+        return node.target is not operator.getitem or self.repeats(node.args[0])  # type: ignore[arg-type]
+
+    def is_named(self, node: fx.Node) -> bool:
+        return node.op in ("call_module", "placeholder")
+
+
+class _Groups:
+    """Union-find over nodes; the representative is the first node in order of execution."""
+
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self._order = {node: index for index, node in enumerate(nodes)}
+        self._parent = {node: node for node in self._order}
+
+    def find(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            node = self._parent[node]
+        return node
+
+    def join(self, left: fx.Node, right: fx.Node) -> None:
+        first, second = sorted((self.find(left), self.find(right)), key=self._order.__getitem__)
+        self._parent[second] = first
+
+
+def layer_names(traced: fx.GraphModule) -> tuple[list[str], list[str]]:
+    """Names of all convolutions in order of execution, and of the first and last ones among them."""
+    network = _Network(traced)
+    convs = network.convs()
+    output = network.nodes[-1]
+    last = [str(network.owner(node).target) for node in output.all_input_nodes]
+    return [str(node.target) for node in convs], [str(convs[0].target), *last]
+
+
+def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
+    """Applies the rules to a traced network.
+
+    Args:
+        traced: From `trace`.
+        scheme: Bits by layer.
+
+    Returns:
+        The placement for the runtime with the most quantized tensors (ONNX Runtime); others leave `inner` out.
+
+    Raises:
+        InputError: For a glob of the scheme that matches no layer.
+    """
+    network = _Network(traced)
+    names, ends = layer_names(traced)
+    layers = {
+        name: layer for name, layer in scheme.resolve(names, ends).items() if layer.weight_bits is not None
+    }
+    groups = _join_repeats(network)
+    quantized = _quantized_nodes(network, layers)
+    roots = {groups.find(node) for node in quantized}
+    layers = {name: layer for name, layer in layers.items() if _readable(network, groups, roots, name)}
+    tensors = {
+        str(network.owner(node).target): str(network.owner(groups.find(node)).target)
+        for node in network.nodes
+        if network.is_named(node) and groups.find(node) in roots and not _is_hidden_conv(network, node)
+    }
+    bits = _group_bits(network, groups, layers)
+    return Placement(
+        layers=layers,
+        inputs={name: _input_of(network, groups, name) for name in layers},
+        groups=tensors,
+        specs={
+            group: _activation_spec(scheme, bits.get(group, INNER_BITS)) for group in set(tensors.values())
+        },
+        repeats=frozenset(
+            str(node.target) for node in network.nodes if node.op == "call_module" and network.repeats(node)
+        )
+        & set(tensors),
+        inner=frozenset(_inner_names(network)) & set(tensors),
+    )
+
+
+def _join_repeats(network: _Network) -> _Groups:
+    groups = _Groups(network.nodes)
+    for node in network.nodes:
+        if network.repeats(node):
+            for source in node.all_input_nodes:
+                groups.join(node, source)
+    return groups
+
+
+def _is_hidden_conv(network: _Network, node: fx.Node) -> bool:
+    """A convolution whose value is only seen after its batch normalisation."""
+    return network.is_conv(node) and network.norm_of(node) is not None
+
+
+def _quantized_nodes(network: _Network, layers: Mapping[str, LayerScheme]) -> list[fx.Node]:
+    """Nodes whose outputs are rounded: outputs and inputs of quantized layers and elementwise operations."""
+    found = []
+    for node in network.nodes:
+        if network.is_conv(node) and str(node.target) in layers:
+            found += [network.norm_of(node) or node, node.args[0]]
+        elif isinstance(network.module(node), (nn.Sigmoid, Mul, Add)):
+            found.append(node)
+    return found
+
+
+def _readable(network: _Network, groups: _Groups, roots: set[fx.Node], name: str) -> bool:
+    """Whether a layer's input comes from a tensor with a name; what comes from a bare function stays float."""
+    conv = next(node for node in network.convs() if node.target == name)
+    return network.is_named(groups.find(conv.args[0])) and groups.find(conv.args[0]) in roots  # type: ignore[arg-type]
+
+
+def _input_of(network: _Network, groups: _Groups, name: str) -> str:
+    conv = next(node for node in network.convs() if node.target == name)
+    source = conv.args[0]
+    assert isinstance(source, fx.Node)
+    named = source if network.is_named(source) else groups.find(source)
+    return str(network.owner(named).target)
+
+
+def _group_bits(network: _Network, groups: _Groups, layers: Mapping[str, LayerScheme]) -> dict[str, int]:
+    """Bits of each group that a convolution reads: the highest that one of its readers asks for."""
+    bits: dict[str, int] = {}
+    for conv in network.convs():
+        layer = layers.get(str(conv.target))
+        if layer is None or layer.activation_bits is None:
+            continue
+        group = str(network.owner(groups.find(conv.args[0])).target)  # type: ignore[arg-type]
+        bits[group] = max(bits.get(group, 0), layer.activation_bits)
+    return bits
+
+
+def _activation_spec(scheme: QuantScheme, bits: int) -> QuantSpec:
+    return QuantSpec(bits=bits, signed=scheme.activations.signed)
+
+
+def _inner_names(network: _Network) -> Iterable[str]:
+    for node in network.nodes:
+        if isinstance(network.module(node), nn.Sigmoid) and _is_silu_gate(network, node):
+            yield str(node.target)
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if len(source.users) == 2:  # the gate and the product: nobody else sees the value before SiLU
+                yield str(network.owner(source).target)
+
+
+def _is_silu_gate(network: _Network, node: fx.Node) -> bool:
+    return any(isinstance(network.module(user), Mul) and node.args[0] in user.args for user in node.users)

@@ -1,0 +1,124 @@
+"""The torch views of a detector: float with batch normalisation folded, and the fake-quantized `QuantizedModel`."""
+
+import torch
+from torch import Tensor, fx, nn
+
+from qyolo_deploy.graph.trace import trace
+from qyolo_deploy.models.base import Detector
+from qyolo_deploy.quant.model import QuantizedModel
+from qyolo_deploy.quant.qparams import QParams
+
+
+class FixedQuantizer(nn.Module):
+    """Rounds an activation with fixed scale and zero point, with the arithmetic of ONNX QuantizeLinear.
+
+    Args:
+        qparams: Per-tensor parameters.
+    """
+
+    def __init__(self, qparams: QParams) -> None:
+        super().__init__()
+        self.scale = float(qparams.scale)
+        self.low = qparams.spec.qmin - int(qparams.zero_point)
+        self.high = qparams.spec.qmax - int(qparams.zero_point)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float32 of any shape to float32 of the same shape."""
+        return torch.div(x, self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
+
+
+class View(nn.Module):
+    """A core and a decode without anything that learns: images to `output0`.
+
+    Args:
+        core: float32 `[N, 3, H, W]` in 0..1 to raw head maps.
+        decode: Raw head maps to float32 `[N, 4 + nc, A]`.
+    """
+
+    def __init__(self, core: nn.Module, decode: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+        self.decode = decode
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Detects."""
+        output: Tensor = self.decode(self.core(images))
+        return output
+
+
+@torch.no_grad()
+def fold_float(detector: Detector) -> View:
+    """The float network as it is exported: traced, batch normalisation folded into the convolutions."""
+    traced = trace(detector.core.eval())
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        source = node.args[0] if node.args else None
+        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(source, fx.Node):
+            continue
+        conv = modules.get(str(source.target))
+        if isinstance(conv, nn.Conv2d) and len(source.users) == 1:
+            traced.add_submodule(str(source.target), _fused(conv, norm))
+            node.replace_all_uses_with(source)
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return View(traced.eval(), detector.decode).eval()
+
+
+def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    factor = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    bias = (
+        conv.bias.double() if conv.bias is not None else torch.zeros(conv.out_channels, dtype=torch.float64)
+    )
+    weight = conv.weight.double() * factor[:, None, None, None]
+    return _conv_like(
+        conv, weight.float(), (norm.bias.double() + (bias - norm.running_mean.double()) * factor).float()
+    )
+
+
+def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    fused = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
+    fused.weight.copy_(weight)
+    fused.bias.copy_(bias)
+    return fused
+
+
+@torch.no_grad()
+def simulate(detector: Detector, quantized: QuantizedModel) -> View:
+    """The fake-quantized view: dequantized integers as weights, every quantized tensor rounded where it is made.
+
+    Args:
+        detector: The architecture; its weights are not used.
+        quantized: The integers.
+    """
+    view = fold_float(detector)
+    core = view.core
+    assert isinstance(core, fx.GraphModule)
+    for name, layer in quantized.layers.items():
+        conv = core.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        conv.weight.copy_(torch.from_numpy(layer.qparams.dequantize(layer.weight)))
+        conv.bias.copy_(torch.from_numpy(layer.bias * quantized.bias_scale(name)))
+    for name, value in quantized.float_tensors.items():
+        core.get_parameter(name).copy_(torch.from_numpy(value))
+    for node in list(core.graph.nodes):
+        if (qparams := quantized.activations.get(str(node.target))) is not None:
+            _round_after(core, node, qparams)
+    core.recompile()
+    return view.eval()
+
+
+def _round_after(core: fx.GraphModule, node: fx.Node, qparams: QParams) -> None:
+    name = f"quantizers.{node.target}"
+    core.add_submodule(name, FixedQuantizer(qparams))
+    with core.graph.inserting_after(node):
+        call = core.graph.call_module(name, (node,))
+    node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)

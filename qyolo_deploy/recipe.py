@@ -1,0 +1,366 @@
+"""Recipes: one YAML a product, checked before any work begins."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qyolo_deploy.errors import InputError
+from qyolo_deploy.quant.spec import Granularity, LayerScheme, QuantScheme, QuantSpec
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+SYNTHETIC = "synthetic"
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    """The float detector to start from."""
+
+    weights: str | None = Field(None, description="Checkpoint (.pt or .safetensors), or `builtin:quickstart`")
+    architecture: str | None = Field(
+        None, description="Name such as yolo11n or a model YAML; needed without weights"
+    )
+    imgsz: Annotated[int, Field(ge=32, multiple_of=32)] = 640
+
+    @model_validator(mode="after")
+    def _has_source(self) -> "ModelSection":
+        if self.weights is None and self.architecture is None:
+            raise ValueError("expected weights or architecture")
+        return self
+
+
+class SyntheticSection(Section):
+    """Parameters of the scene generator behind `data.source: synthetic`."""
+
+    seed: int = 0
+    train_images: Positive = 640
+    val_images: Positive = 160
+
+
+class DataSection(Section):
+    """Images for training, calibration and validation."""
+
+    source: str = Field(description="Dataset YAML, its folder, or `synthetic`")
+    synthetic: SyntheticSection = SyntheticSection()
+    calibration_images: Positive = Field(
+        64, description="Images of the training split that set the first scales"
+    )
+
+
+class WeightsSection(Section):
+    """Grid of the weights."""
+
+    bits: Bits = 8
+    granularity: Granularity = "per_tensor"
+
+
+class ActivationsSection(Section):
+    """Grid of the convolution inputs; unsigned with a zero point."""
+
+    bits: Literal[8] = 8
+
+
+class OverrideSection(Section):
+    """Bits of the layers that a glob matches."""
+
+    weights: Bits
+    activations: Literal[8] = 8
+
+
+class QuantizationSection(Section):
+    """Which tensors get which grid."""
+
+    weights: WeightsSection = WeightsSection()
+    activations: ActivationsSection = ActivationsSection()
+    first_last_bits: Literal[8] = 8
+    overrides: dict[str, OverrideSection] = {}
+    keep_float: tuple[str, ...] = ()
+
+    def scheme(self) -> QuantScheme:
+        """The section as the scheme that `place` reads."""
+        weights = self.weights
+        axis = 0 if weights.granularity == "per_channel" else None
+        return QuantScheme(
+            weights=QuantSpec(weights.bits, granularity=weights.granularity, axis=axis),
+            activations=QuantSpec(self.activations.bits, signed=False),
+            first_last_bits=self.first_last_bits,
+            overrides={
+                glob: LayerScheme(entry.weights, entry.activations) for glob, entry in self.overrides.items()
+            },
+            keep_float=self.keep_float,
+        )
+
+
+class AugmentSection(Section):
+    """Augmentation of training images, with ultralytics' names and meanings."""
+
+    mosaic: Fraction = 0.0
+    scale: Fraction = 0.25
+    translate: Fraction = 0.1
+    fliplr: Fraction = 0.5
+    hsv_h: Fraction = 0.015
+    hsv_s: Fraction = 0.4
+    hsv_v: Fraction = 0.4
+    close_mosaic: Annotated[int, Field(ge=0)] = 5
+
+
+class TrainingSection(Section):
+    """What float training and quantization-aware training have in common."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    batch: Positive = 16
+    lr: Rate
+    final_lr: Fraction = Field(0.01, description="Last learning rate as a share of the first (cosine)")
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    augment: AugmentSection = AugmentSection()
+    images: Positive | None = Field(
+        None, description="Train on this many images of the split, chosen by seed"
+    )
+    workers: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+
+
+class FloatSection(TrainingSection):
+    """Float training before quantization; 0 epochs take the checkpoint as it is."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    lr: Rate = 0.002
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0005
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+
+
+class LossSection(Section):
+    """Weights of the parts of a loss; at least one must be positive."""
+
+    detection: Annotated[float, Field(ge=0)] = 0.0
+    logits: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_part(self) -> "LossSection":
+        if self.detection == 0 and self.logits == 0:
+            raise ValueError("expected a positive weight for detection or logits")
+        return self
+
+
+class TrainSection(TrainingSection):
+    """Quantization-aware training: learned scales, EMA of weights and scales, distillation from the float model."""
+
+    epochs: Annotated[int, Field(ge=0)] = 3
+    lr: Rate = 0.0005
+    scale_lr: Rate = Field(0.0001, description="Learning rate of scales and offsets")
+    loss: LossSection = LossSection()
+
+
+class CorrectSection(Section):
+    """Quantization correction: per-channel gain and shift, learned and folded."""
+
+    enabled: bool = True
+    images: Positive = 128
+    epochs: Positive = 1
+    batch: Positive = 16
+    lr: Rate = 0.001
+    loss: LossSection = LossSection()
+    seed: int = 0
+
+
+class ExportSection(Section):
+    """Engines to build."""
+
+    targets: Annotated[tuple[Literal["onnxruntime", "openvino"], ...], Field(min_length=1)] = (
+        "onnxruntime",
+        "openvino",
+    )
+    storage: Literal["int8", "int4"] = Field("int8", description="Container of weights of at most 4 bits")
+    dynamic: bool = Field(True, description="Batch and image size open; false fixes 1 x 3 x imgsz x imgsz")
+
+
+class ValidateSection(Section):
+    """How accuracy and latency are measured."""
+
+    conf: Fraction = 0.001
+    iou: Fraction = 0.6
+    max_det: Positive = 300
+    rect: bool = Field(True, description="Letterbox to multiples of 32 instead of a square")
+    latency_runs: Positive = 50
+
+    @property
+    def letterbox(self) -> str:
+        """The letterbox by its usual name."""
+        return "rect" if self.rect else "square"
+
+
+class Gate(Section):
+    """One condition on the report that decides the exit code.
+
+    A metric is a dotted path into a view of `report.json`, accuracies as fractions. With `relative_to`, the bound
+    holds for the difference to (or the ratio with) the same metric of another view.
+    """
+
+    view: str
+    metric: str
+    op: Literal[">=", "<=", ">", "<"]
+    bound: float
+    relative_to: str | None = None
+    mode: Literal["difference", "ratio"] = "difference"
+
+
+class ReleaseSection(Section):
+    """What the manifest says about the release."""
+
+    version: str = "1.0.0"
+    license: str = Field("AGPL-3.0-or-later", description="Licence of the released model")
+
+
+class Recipe(Section):
+    """A product: model, data, quantization, training, engines, gates."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    model: ModelSection
+    data: DataSection
+    quantization: QuantizationSection = QuantizationSection()
+    float: FloatSection = FloatSection()
+    train: TrainSection = TrainSection()
+    correct: CorrectSection = CorrectSection()
+    export: ExportSection = ExportSection()
+    validate_: ValidateSection = Field(ValidateSection(), alias="validate")
+    gates: tuple[Gate, ...] = ()
+    release: ReleaseSection = ReleaseSection()
+
+    @model_validator(mode="after")
+    def _square_when_static(self) -> "Recipe":
+        if self.validate_.rect and not self.export.dynamic:
+            raise ValueError("validate.rect needs export.dynamic: engines of a fixed size take square images")
+        return self
+
+    def section(self, stage: str) -> dict[str, Any]:
+        """One section as plain data, for stage keys."""
+        data: dict[str, Any] = self.to_dict()[stage]
+        return data
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole recipe with all defaults filled in."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as it is written beside a build."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=110)
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, merges what it extends and applies `key.path=value` settings.
+
+    Args:
+        path: YAML file; `extends: other.yaml` names a recipe beside it whose keys this one overrides.
+        settings: From `--set`; values are read as YAML.
+
+    Raises:
+        InputError: One sentence that names the file, the key and what was expected.
+    """
+    data = _read_merged(path, ())
+    for setting in settings:
+        _apply(data, setting)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_explain(path, error, settings)) from error
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors."""
+    return Recipe.model_json_schema()
+
+
+def _read_merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise InputError(f"{path}: extends itself")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such recipe", hint="`qyolo recipe list` shows those of a folder."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise InputError(f"{path}: extends: expected the name of one recipe file")
+    return _merge(_read_merged(path.parent / base, (*seen, path.resolve())), data)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_maps else value
+    return merged
+
+
+def _apply(data: dict[str, Any], setting: str) -> None:
+    dotted, equals, text = setting.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {setting}: expected key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {setting}: the value is not valid YAML") from error
+    target = data
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise InputError(f"--set {setting}: '{key}' is a value, not a section")
+    target[keys[-1]] = value
+
+
+def _explain(path: Path, error: ValidationError, settings: Sequence[str]) -> str:
+    """The first of pydantic's errors as one sentence."""
+    details = error.errors()
+    first = details[0]
+    key = ".".join(str(part) for part in first["loc"])
+    source = (
+        f"--set {key}"
+        if any(s.partition("=")[0] == key for s in settings)
+        else f"{path}: {key}"
+        if key
+        else path
+    )
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key, expected one of {', '.join(_known_keys(first['loc'][:-1]))}"
+    elif first["type"] == "missing":
+        message = "required key is missing"
+    else:
+        message = f"{first['msg'].removeprefix('Value error, ')}"
+        if isinstance(first["input"], str | int | float | bool):
+            message += f", found {first['input']!r}"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{source}: {message}{more}"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Keys that the section at a location has."""
+    model: Any = Recipe
+    for part in location:
+        fields = {info.alias or name: info.annotation for name, info in model.model_fields.items()}
+        model = fields.get(str(part), model)
+        if not hasattr(model, "model_fields"):
+            return ["the keys of the schema"]
+    return [info.alias or name for name, info in model.model_fields.items()]

@@ -1,0 +1,208 @@
+"""The manifest of a release: what it is, where it comes from, how to feed and read it, and all its files."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qyolo_deploy.artifact import canonical_json, check_relative_path, sha256_json
+from qyolo_deploy.errors import IntegrityError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION: Final = 1
+
+
+def _usable(path: str) -> str:
+    if reason := check_relative_path(path):
+        raise ValueError(f"the path {path!r} is not usable: {reason}")
+    return path
+
+
+ReleasePath = Annotated[str, AfterValidator(_usable)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class CreatedWith(_Strict):
+    """The software that built the release."""
+
+    qyolo_deploy: str
+    environment: dict[str, str]
+
+
+class RecipeRef(_Strict):
+    """The resolved recipe, one of the release's files."""
+
+    path: ReleasePath
+    sha256: Sha256
+
+
+class LineageEntry(_Strict):
+    """One stage that led here, with the digest of each of its inputs."""
+
+    stage: str
+    key: str
+    inputs: dict[str, str]
+
+
+class ModelCard(_Strict):
+    """The network; `names` are its classes in the order of the output's score rows."""
+
+    family: str
+    architecture: str
+    task: str = "detect"
+    names: tuple[str, ...] = Field(min_length=1)
+    strides: tuple[int, ...]
+    imgsz: int = Field(gt=0)
+    parameters: int | None = None
+
+
+class Preprocessing(_Strict):
+    """How an image becomes the engine's input."""
+
+    input_name: str = "images"
+    letterbox: Literal["rect", "square"]
+    pad_value: int = 114
+    color: Literal["RGB", "BGR"] = "RGB"
+    scale: float = 1 / 255
+    dtype: str = "float32"
+    layout: str = "NCHW"
+
+
+class Postprocessing(_Strict):
+    """How the engine's output becomes detections."""
+
+    output_name: str = "output0"
+    layout: str = "[N, 4 + nc, A]"
+    boxes: str = "xywh in pixels of the network input"
+    conf: float
+    iou: float
+    max_det: int
+    multi_label: bool
+
+
+class EngineEntry(_Strict):
+    """One engine; `path` is its file, or the folder that holds its files."""
+
+    view: str
+    path: ReleasePath
+    format: str
+    scheme: str
+    storage: str | None = None
+    precision_hint: str | None = None
+    min_runtime_version: str | None = None
+    metrics: dict[str, float] = {}
+
+
+class GateEntry(_Strict):
+    """One gate of the recipe and what was observed."""
+
+    view: str
+    metric: str
+    op: str
+    bound: float
+    relative_to: str | None = None
+    mode: str | None = None
+    observed: float | None = None
+    reference: float | None = None
+    value: float | None = None
+    passed: bool
+    reason: str | None = None
+
+
+class FileEntry(_Strict):
+    """One file of the release."""
+
+    path: ReleasePath
+    sha256: Sha256
+    size_bytes: int = Field(ge=0)
+
+
+class ReleaseInfo(_Strict):
+    """What the builder of a release knows; the list of files is added when they are copied."""
+
+    name: str
+    version: str
+    created_with: CreatedWith
+    recipe: RecipeRef
+    lineage: tuple[LineageEntry, ...]
+    model: ModelCard
+    datasets: dict[str, Sha256]
+    preprocessing: Preprocessing
+    postprocessing: Postprocessing
+    engines: tuple[EngineEntry, ...] = Field(min_length=1)
+    gates: tuple[GateEntry, ...]
+    licenses: dict[str, str]
+
+
+class Manifest(ReleaseInfo):
+    """The whole content of `manifest.json`, apart from the digest that it carries of itself."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    files: tuple[FileEntry, ...]
+
+    @model_validator(mode="after")
+    def _files_are_consistent(self) -> Self:
+        check_unique(file.path for file in self.files)
+        by_path = {file.path: file for file in self.files}
+        if MANIFEST_NAME in by_path:
+            raise ValueError(f"the list of files holds {MANIFEST_NAME} itself")
+        recipe = by_path.get(self.recipe.path)
+        if recipe is None or recipe.sha256 != self.recipe.sha256:
+            raise ValueError(f"the recipe {self.recipe.path!r} is not among the files with its digest")
+        for engine in self.engines:
+            inside = engine.path + "/"
+            if engine.path not in by_path and not any(path.startswith(inside) for path in by_path):
+                raise ValueError(f"the engine {engine.path!r} is not among the files")
+        return self
+
+
+def check_unique(paths: Iterable[str]) -> None:
+    """Refuse paths that are the same file on some system, such as one that ignores case.
+
+    Raises:
+        ValueError: Two paths are equal, or one is also the folder of another.
+    """
+    seen: set[str] = set()
+    folders: set[str] = set()
+    for path in paths:
+        folded = path.casefold()
+        if folded in seen:
+            raise ValueError(f"the path {path!r} is listed twice")
+        seen.add(folded)
+        parts = folded.split("/")
+        folders.update("/".join(parts[:end]) for end in range(1, len(parts)))
+    if clash := sorted(seen & folders):
+        raise ValueError(f"the path {clash[0]!r} is listed both as a file and as a folder")
+
+
+def validation_message(error: ValidationError) -> str:
+    """Tell the first problem of a validation error in one clause, with the key it concerns."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    text = first["msg"].removeprefix("Value error, ")
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key!r}: {text}" if key else text
+
+
+def manifest_to_text(manifest: Manifest) -> str:
+    """Write a manifest as canonical JSON that carries, under `digest`, the SHA-256 of all the rest.
+
+    The digest lets `verify` tell a damaged manifest from a sound one; it is no signature.
+    """
+    body = manifest.model_dump(mode="json")
+    return canonical_json(body | {"digest": sha256_json(body)})
+
+
+def manifest_from_json(body: dict[str, Any]) -> Manifest:
+    """Read the parsed object of `manifest.json`, without its `digest`.
+
+    Raises:
+        IntegrityError: A key is missing, surplus or has a wrong value.
+    """
+    try:
+        return Manifest.model_validate_json(canonical_json(body))
+    except ValidationError as error:
+        raise IntegrityError(f"{MANIFEST_NAME} is not valid: {validation_message(error)}.") from error

@@ -1,0 +1,1 @@
+"""What float training, quantization-aware training and correction have in common (build side)."""

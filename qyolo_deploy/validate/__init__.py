@@ -1,0 +1,1 @@
+"""What a detector is worth: detections, COCO metrics, latency, reports and gates."""
