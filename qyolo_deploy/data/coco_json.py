@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,9 @@ from qyolo_deploy.errors import InputError
 
 
 def read_coco(
-    file: Path, class_names: tuple[str, ...] | None, paths: Sequence[Path], subset: bool
+    file: Path, class_names: tuple[str, ...] | None, paths: Sequence[Path] | None, subset: bool = False
 ) -> Annotations:
-    """Read the annotations of the images at `paths`.
+    """Read the annotations of a split.
 
     The ground truth keeps every annotation as it is given; only missing `iscrowd` and `area`, and ids that an
     evaluation would misread, are filled in.
@@ -24,33 +24,55 @@ def read_coco(
     Args:
         file: COCO JSON.
         class_names: Order of the classes, matched to the categories by name; None for ascending category id.
-        paths: The images, whose order counts; matched to the annotations by file name.
-        subset: Whether the file may list further images, as a list of images for training does.
+        paths: The images, whose order counts, matched by file name; None to look for the listed ones on disk.
+        subset: Whether the file may list images that are not among `paths`; they are left out.
 
     Raises:
         InputError: The file is unreadable or contradicts itself, the classes, or the images.
     """
     content = load_coco(file)
     names, category_ids = _match_classes(file, content["categories"], class_names)
-    entries = {Path(entry["file_name"]).name: entry for entry in content["images"]}
-    images = []
-    for path in paths:
-        entry = entries.get(path.name)
-        if entry is None:
-            raise InputError(f"{file}: the image {path} is not listed there")
-        images.append(ImageRecord(entry["id"], path, entry["width"], entry["height"]))
-    known = {image.image_id for image in images}
-    if not subset:
-        for entry in content["images"]:
-            if entry["id"] not in known:
-                raise InputError(
-                    f"{file}: the listed image {entry['file_name']} is not on disk or not in the split"
-                )
-    elif len(known) < len(content["images"]):
+    found = _find_images(file, content["images"]) if paths is None else _match_images(file, content, paths)
+    images = tuple(ImageRecord(entry["id"], path, entry["width"], entry["height"]) for entry, path in found)
+    if len(images) < len(content["images"]):
+        known = {image.image_id for image in images}
+        if not subset:
+            missing = next(entry for entry in content["images"] if entry["id"] not in known)
+            raise InputError(
+                f"{file}: the listed image {missing['file_name']} is not among the split's images"
+            )
         for key, id_key in (("images", "id"), ("annotations", "image_id")):
             content[key] = [entry for entry in content[key] if entry[id_key] in known]
     boxes, classes = _training_boxes(content["annotations"], images, category_ids)
-    return Annotations(names, category_ids, tuple(images), boxes, classes, content)
+    return Annotations(names, category_ids, images, boxes, classes, content)
+
+
+def _find_images(file: Path, entries: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Path]]:
+    """Find the folder that holds the first image, where all others must be too."""
+    split = file.stem.removeprefix("instances_")
+    above = file.parent.parent
+    folders = (file.parent, above / "images" / split, above / "images", above / split)
+    folder = next((f for f in folders if (f / entries[0]["file_name"]).is_file()), None)
+    if folder is None:
+        searched = ", ".join(str(f) for f in folders)
+        raise InputError(f"{file}: the listed image {entries[0]['file_name']} is in none of {searched}")
+    found = [(entry, folder / entry["file_name"]) for entry in entries]
+    for _, path in found:
+        if not path.is_file():
+            raise InputError(f"{file}: the listed image {path} does not exist")
+    return found
+
+
+def _match_images(
+    file: Path, content: dict[str, Any], paths: Sequence[Path]
+) -> list[tuple[dict[str, Any], Path]]:
+    names = [Path(entry["file_name"]).name for entry in content["images"]]
+    _check_unique(file, "image file", names)
+    entries = dict(zip(names, content["images"], strict=True))
+    for path in paths:
+        if path.name not in entries:
+            raise InputError(f"{file}: the image {path} of the split is not listed there")
+    return [(entries[path.name], path) for path in paths]
 
 
 def load_coco(file: Path) -> dict[str, Any]:
@@ -60,7 +82,7 @@ def load_coco(file: Path) -> dict[str, Any]:
         InputError: It is missing, not JSON, lacks a key, or an entry is wrong; the entry is named.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{file}: the annotation file does not exist") from error
     except (OSError, ValueError) as error:
@@ -85,13 +107,12 @@ def _check_images(file: Path, images: list[dict[str, Any]]) -> None:
     if not images:
         raise InputError(f"{file}: the list of images is empty")
     for entry in images:
-        sized = all(_is_int(entry.get(key)) and entry[key] > 0 for key in ("width", "height"))
+        sized = _is_positive(entry.get("width")) and _is_positive(entry.get("height"))
         if not sized or not _is_int(entry.get("id")) or not isinstance(entry.get("file_name"), str):
             raise InputError(
-                f"{file}: an image needs an integer 'id', a 'file_name', 'width' and 'height', got {_short(entry)}"
+                f"{file}: an image needs 'id', 'file_name', 'width' and 'height', got {_short(entry)}"
             )
     _check_unique(file, "image", (entry["id"] for entry in images))
-    _check_unique(file, "image file", (Path(entry["file_name"]).name for entry in images))
 
 
 def _check_annotations(file: Path, content: dict[str, Any]) -> None:
@@ -99,12 +120,12 @@ def _check_annotations(file: Path, content: dict[str, Any]) -> None:
     category_ids = {entry["id"] for entry in content["categories"]}
     ids = [entry.get("id") for entry in content["annotations"]]
     # pycocotools takes annotation id 0 for "unmatched", and equal ids for one object.
-    renumber = not all(_is_int(i) and i > 0 for i in ids) or len(set(ids)) < len(ids)
+    renumber = not all(_is_positive(i) for i in ids) or len(set(ids)) < len(ids)
     for index, entry in enumerate(content["annotations"]):
         where = f"{file}: annotation {entry.get('id', f'number {index}')}"
-        if entry.get("image_id") not in image_ids:
+        if not _is_int(entry.get("image_id")) or entry["image_id"] not in image_ids:
             raise InputError(f"{where} names image {entry.get('image_id')!r}, which the file does not list")
-        if entry.get("category_id") not in category_ids:
+        if not _is_int(entry.get("category_id")) or entry["category_id"] not in category_ids:
             raise InputError(
                 f"{where} names category {entry.get('category_id')!r}, which the file does not list"
             )
@@ -165,8 +186,12 @@ def _check_unique(file: Path, what: str, values: Iterable[object]) -> None:
         seen.add(value)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_positive(value: object) -> bool:
+    return _is_int(value) and value > 0
 
 
 def _is_finite(value: object) -> bool:

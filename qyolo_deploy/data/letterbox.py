@@ -58,7 +58,7 @@ def letterbox(
     height, width = image.shape[:2]
     longer = max(height, width)
     ratio = imgsz / longer
-    # In integers, because ceil of a float product adds a pixel wherever rounding lands above the whole number.
+    # In integers, because the ceil of a float product that is rounded up past a whole number adds a pixel.
     new_width, new_height = (-(-side * imgsz // longer) for side in (width, height))
     if ratio != 1:
         method = cv2.INTER_LINEAR if ratio > 1 else cv2.INTER_AREA

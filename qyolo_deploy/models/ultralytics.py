@@ -185,7 +185,7 @@ def spec_from_config(source: str | Path | Mapping[str, Any], names: Sequence[str
     Raises:
         InputError: There is no such config, or it is not one of a detection model.
     """
-    config = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_config(source)
+    config = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else read_config(source)
     check_config(config)
     if names is None:
         names = [str(i) for i in range(config["nc"])]
@@ -252,8 +252,12 @@ def _build_layers(config: Mapping[str, Any], classes: int) -> tuple[nn.Sequentia
     return model.model, tuple(int(stride) for stride in model.stride.tolist())
 
 
-def _read_config(source: str | Path) -> dict[str, Any]:
-    """Read a model YAML by path, or one that ultralytics packages by its name."""
+def read_config(source: str | Path) -> dict[str, Any]:
+    """Read a model YAML by path, or one that ultralytics packages by its name with the scale ("yolo11n").
+
+    Raises:
+        InputError: There is no such file or name, or it is not a mapping.
+    """
     path = Path(source)
     scale = _NAME.fullmatch(path.stem)
     if path.suffix not in (".yaml", ".yml"):

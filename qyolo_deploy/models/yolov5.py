@@ -11,6 +11,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.models.base import Detector, ModelSpec, cell_offsets, parse_activation
 
 _DEFAULT_ACTIVATION = "nn.SiLU()"
+_STRIDE_PROBE = 256  # pixels a side, a multiple of every stride
 
 
 class Conv(nn.Module):
@@ -218,6 +219,24 @@ def build_yolov5(spec: ModelSpec) -> Yolov5Detector:
     if classes != len(spec.names):
         raise InputError(f"The model's config has nc={classes} but {len(spec.names)} class names.")
     return Yolov5Detector(spec)
+
+
+def spec_from_yolov5_config(config: Mapping[str, Any], names: Sequence[str] | None = None) -> ModelSpec:
+    """Make the spec of a YOLOv5 model YAML; without names the classes are called "0", "1", ...
+
+    Raises:
+        InputError: The config is not that of a YOLOv5 detection model.
+    """
+    classes = config.get("nc")
+    if names is None:
+        if not isinstance(classes, int) or classes < 1:
+            raise InputError("The key 'nc' of the model's config must be a positive number of classes.")
+        names = [str(i) for i in range(classes)]
+    config = {**config, "nc": len(names)}
+    core = Yolov5Core(config).eval()
+    with torch.no_grad():
+        maps = core(torch.zeros(1, int(config.get("ch", 3)), _STRIDE_PROBE, _STRIDE_PROBE))
+    return ModelSpec("yolov5", config, tuple(names), tuple(_STRIDE_PROBE // raw.shape[-1] for raw in maps))
 
 
 def _anchors(config: Mapping[str, Any], levels: int) -> list[list[float]]:

@@ -97,7 +97,7 @@ class QuantizedModel:
             tensors[f"scale/{name}"] = qparams.scale
             tensors[f"zero_point/{name}"] = qparams.zero_point
         tensors |= {f"float/{name}": value for name, value in self.float_tensors.items()}
-        return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        return {name: np.asarray(value, order="C") for name, value in tensors.items()}
 
     def _header(self) -> dict[str, Any]:
         return {

@@ -74,6 +74,12 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def _whole_ticks(low: float, high: float) -> list[int]:
+    """Return round whole numbers within the range of an axis that counts epochs or steps."""
+    near = [round(tick) for tick in nice_ticks(low, high, 6) if abs(tick - round(tick)) < 1e-6]
+    return [tick for tick in near if low <= tick <= high] or [round(low)]
+
+
 def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: str, style: str) -> str:
     """Draw one line over a numeric axis, with a mark at each point where there are few.
 
@@ -98,11 +104,10 @@ def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: st
     for tick, text in zip(y_ticks, _tick_texts(y_ticks), strict=True):
         y = place(x_low, tick)[1]
         parts += [_line(left, y, width - right, y, "grid"), _text(left - 7, y + 4, text, "end")]
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high, 6) if x_low <= tick <= x_high and tick == int(tick)]
-    for tick in x_ticks or [x_low]:
+    for tick in _whole_ticks(x_low, x_high):
         x = place(tick, y_ticks[0])[0]
         parts += [_line(x, height - bottom, x, height - bottom + 4, "axis")]
-        parts += [_text(x, height - bottom + 16, f"{tick:g}", "middle")]
+        parts += [_text(x, height - bottom + 16, str(tick), "middle")]
     parts.append(_line(left, height - bottom, width - right, height - bottom, "axis"))
     parts.append(_text((left + width - right) / 2, height - 4, x_label, "middle"))
     placed = [place(x, y) for x, y in points]

@@ -38,10 +38,6 @@ def _delta(view: Mapping[str, Any], base: Mapping[str, Any] | None) -> float | N
     return None if ours is None or theirs is None or view is base else ours - theirs
 
 
-def _times(larger: float | None, smaller: float | None) -> str | None:
-    return f"{larger / smaller:.2f}×" if larger and smaller else None
-
-
 def _cards(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """Sum each engine up: accuracy, size and speed beside the float model's."""
     cards = []
@@ -58,9 +54,9 @@ def _cards(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -
                 "map": points(view.get("map50_95")),
                 "delta": None if delta is None else points(delta, signed=True),
                 "size": None if size is None else megabytes(size, " MB"),
-                "smaller": _times(base_size, size),
+                "share": f"{size / base_size:.0%}" if size and base_size else None,
                 "latency": None if speed is None else milliseconds(speed, " ms"),
-                "faster": _times(base_speed, speed),
+                "faster": f"{base_speed / speed:.2f}×" if speed and base_speed else None,
             }
         )
     return cards
@@ -68,7 +64,7 @@ def _cards(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -
 
 def _views_table(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> Table:
     others = [key for key in ACCURACIES[1:] if any(to_number(view.get(key)) is not None for view in views)]
-    head = ["View", "mAP50-95", "Δ float", *(METRIC_TITLES[key] for key in others)]
+    head = ["View", "mAP50-95", "Δ float", *(METRIC_TITLES[key].removeprefix("mAP ") for key in others)]
     rows = [
         [
             view_title(view.get("name")),
@@ -101,19 +97,13 @@ def _conditions_table(views: Sequence[Mapping[str, Any]]) -> Table:
 def _map_chart(views: Sequence[Mapping[str, Any]]) -> str | None:
     bars = []
     for view in views:
-        value, behind = to_number(view.get("map50_95")), to_number(view.get("map50"))
+        value, behind = (to_number(view.get(key)) for key in ("map50_95", "map50"))
         if value is None or value < 0:
             continue
-        text = f"{value * 100:.2f}" + (f" / {behind * 100:.2f}" if behind is not None else "")
-        bars.append(
-            Bar(
-                view_title(view.get("name")),
-                view_style(view.get("name")),
-                value * 100,
-                text,
-                None if behind is None else behind * 100,
-            )
-        )
+        name = view.get("name")
+        text = " / ".join(points(part) for part in (value, behind) if part is not None)
+        pale = None if behind is None else behind * 100
+        bars.append(Bar(view_title(name), view_style(name), value * 100, text, pale))
     return bar_chart(bars, title="mAP50-95 and mAP50 of each view, in points") if bars else None
 
 
@@ -186,10 +176,10 @@ def _curve(
 ) -> tuple[str, str] | None:
     """Draw one quantity over epochs or steps, or return None where none was recorded."""
     pairs = [(to_number(entry.get(x_key)), to_number(entry.get(y_key))) for entry in entries]
-    points = sorted((x, y * factor) for x, y in pairs if x is not None and y is not None)
-    if not points:
+    known = sorted((x, y * factor) for x, y in pairs if x is not None and y is not None)
+    if not known:
         return None
-    return title, line_chart(points, title=f"{title} by {x_key}", x_label=x_key, style=style)
+    return title, line_chart(known, title=f"{title} by {x_key}", x_label=x_key, style=style)
 
 
 def _progress(section: Mapping[str, Any], list_key: str, x_key: str) -> dict[str, Any] | None:

@@ -10,9 +10,9 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qyolo_deploy.data.dataset import DetectionDataset, ImageRecord
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import Letterbox, letterbox, to_tensor
+from qyolo_deploy.data.records import DetectionDataset, ImageRecord
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.validate.coco_map import CocoMetrics, CocoResult, Evaluator, coco_map
 from qyolo_deploy.validate.detections import Detections, decode, is_end_to_end
@@ -69,7 +69,6 @@ class EvalSettings:
 @dataclass(frozen=True)
 class _Prepared:
     record: ImageRecord
-    size: tuple[int, int]
     geometry: Letterbox
     tensor: npt.NDArray[np.float32]
 
@@ -130,9 +129,10 @@ def _read_ahead(records: Sequence[ImageRecord], settings: EvalSettings) -> Itera
 
 
 def _prepare(record: ImageRecord, settings: EvalSettings) -> _Prepared:
-    image = read_image(record.path)
-    padded, geometry = letterbox(image, settings.imgsz, stride=settings.stride, rect=settings.rect)
-    return _Prepared(record, (image.shape[1], image.shape[0]), geometry, to_tensor(padded))
+    padded, geometry = letterbox(
+        read_image(record.path), settings.imgsz, stride=settings.stride, rect=settings.rect
+    )
+    return _Prepared(record, geometry, to_tensor(padded))
 
 
 def _check_output(output: npt.NDArray[np.float32], dataset: DetectionDataset, record: ImageRecord) -> None:
@@ -157,9 +157,8 @@ def _check_output(output: npt.NDArray[np.float32], dataset: DetectionDataset, re
 
 
 def _to_coco(found: Detections, image: _Prepared, dataset: DetectionDataset) -> list[CocoResult]:
-    """Express detections in pixels of the image itself, cut at its borders."""
-    width, height = image.size
-    boxes = image.geometry.to_original(found.boxes).clip(0, (width, height, width, height))
+    """Express detections in pixels of the image itself."""
+    boxes = image.geometry.to_original(found.boxes)
     boxes[:, 2:] -= boxes[:, :2]
     return [
         {

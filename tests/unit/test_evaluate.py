@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from qyolo_deploy.data.dataset import DetectionDataset, ImageRecord
+from qyolo_deploy.data.records import DetectionDataset, ImageRecord
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.validate import evaluate as evaluate_module
 from qyolo_deploy.validate.evaluate import EvalSettings, evaluate
@@ -87,17 +87,27 @@ def test_boxes_come_back_where_they_are(tmp_path, rect, evaluator):
     assert results == expected
 
 
-def test_rect_decides_the_padding_and_progress_is_told(tmp_path):
-    shapes, progress = [], []
+def test_settings_decide_the_input(tmp_path):
+    shapes = []
 
     def runner(images):
-        shapes.append(images.shape)
+        shapes.append(images.shape[2:])
         return find_colours(images)
 
     dataset = make_dataset(tmp_path)
-    evaluate(runner, dataset, SETTINGS, progress=lambda done, total: progress.append((done, total)))
-    assert shapes == [(1, 3, 224, 320), (1, 3, 224, 320), (1, 3, 320, 128)]
-    assert progress == [(1, 3), (2, 3), (3, 3)]
+    evaluate(runner, dataset, EvalSettings(320, rect=False))
+    assert shapes == [(320, 320)] * 3
+    shapes.clear()
+    evaluate(runner, dataset, EvalSettings(320, rect=True, stride=64))
+    assert all(side % 64 == 0 for shape in shapes for side in shape)
+    assert shapes[0] == shapes[1] != shapes[2]
+
+
+def test_progress_is_told(tmp_path):
+    calls = []
+    dataset = make_dataset(tmp_path)
+    evaluate(find_colours, dataset, SETTINGS, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_detections_are_cut_at_the_borders_of_the_image(tmp_path):

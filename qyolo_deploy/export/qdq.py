@@ -1,0 +1,165 @@
+"""Graph passes that turn a float ONNX graph into a QDQ one from a `QuantizedModel`.
+
+Each pass states what it needs and leaves (`requires`, `ensures`); the tensors are found by the names that
+`export_float` gave them.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qyolo_deploy.errors import InputError
+from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
+from qyolo_deploy.quant.qparams import QParams
+
+_INT4_LIMITS = (-8, 7)
+
+
+def insert_qdq(
+    model: ir.Model, quantized: QuantizedModel, *, leave_out: frozenset[str] = frozenset(), storage: str = "int8"
+) -> ir.Model:
+    """Makes a QDQ model; the float model is left as it is.
+
+    Args:
+        model: From `export_float`; opset 21 or newer for int4.
+        quantized: Integers, scales and zero points.
+        leave_out: Tensors that this target does not quantize although the model was trained with them.
+        storage: `int8`, or `int4` for weights whose grid fits.
+
+    Returns:
+        A model in which every quantized tensor passes QuantizeLinear and DequantizeLinear, weights are integer
+        initializers and biases int32.
+
+    Raises:
+        InputError: If the graph does not have a tensor of the quantized model.
+    """
+    graph_model = model.clone()
+    _requires(graph_model.graph, quantized)
+    for name, layer in quantized.layers.items():
+        _quantize_layer(graph_model.graph, name, layer, quantized, storage)
+    for name, qparams in quantized.activations.items():
+        if name not in leave_out:
+            _quantize_value(graph_model.graph, _value(graph_model.graph, name), qparams)
+    _repeat_over_splits(graph_model.graph)
+    graph_model.graph.sort()
+    _ensures(graph_model.graph, quantized)
+    return graph_model
+
+
+def _requires(graph: ir.Graph, quantized: QuantizedModel) -> None:
+    """Every tensor is there, and every layer is a convolution with constant weights."""
+    for name in quantized.activations:
+        _value(graph, name)
+    for name in quantized.layers:
+        node = _value(graph, name).producer()
+        if node is None or node.op_type != "Conv" or any(v.const_value is None for v in _constants(node)):
+            raise InputError(f"'{name}' is not a convolution with constant weights in the exported graph")
+
+
+def _ensures(graph: ir.Graph, quantized: QuantizedModel) -> None:
+    """All inputs of all quantized convolutions come out of DequantizeLinear."""
+    for name in quantized.layers:
+        for value in _conv_of(graph, name).inputs:
+            producer = value.producer() if value is not None else None
+            if producer is None or producer.op_type != "DequantizeLinear":
+                raise InputError(f"an input of '{name}' is not quantized in the exported graph")
+
+
+def _constants(node: ir.Node) -> Iterable[ir.Value]:
+    return [value for value in node.inputs[1:] if value is not None]
+
+
+def _value(graph: ir.Graph, name: str) -> ir.Value:
+    for value in graph.inputs:
+        if value.name == name:
+            return value
+    for node in graph:
+        for value in node.outputs:
+            if value.name == name:
+                return value
+    raise InputError(f"the exported graph has no tensor '{name}'")
+
+
+def _conv_of(graph: ir.Graph, name: str) -> ir.Node:
+    node = _value(graph, name).producer()
+    assert node is not None
+    return node
+
+
+def _constant(graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
+    tensor = ir.Tensor(data, name=name) if dtype is None else ir.Tensor(data, dtype=dtype, name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def _add_node(
+    graph: ir.Graph, op_type: str, inputs: list[ir.Value], output: str, attributes: dict[str, int] | None = None
+) -> ir.Value:
+    node = ir.node(op_type, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=f"{op_type}:{output}")
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _quantize_layer(
+    graph: ir.Graph, name: str, layer: QuantizedLayer, quantized: QuantizedModel, storage: str
+) -> None:
+    """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias."""
+    conv = _conv_of(graph, name)
+    old = [value for value in conv.inputs[1:] if value is not None]
+    scale = _constant(graph, f"{name}.weight_scale", layer.qparams.scale)
+    weight = _stored_weight(graph, name, layer, storage)
+    conv.replace_input_with(
+        1, _add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
+    )
+    bias = _constant(graph, f"{name}.bias_quantized", layer.bias)
+    bias_scale = _constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
+    dequantized = _add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0})
+    if len(conv.inputs) == 2:
+        conv.resize_inputs(3)
+    conv.replace_input_with(2, dequantized)
+    for value in old:
+        if not value.uses() and value.name in graph.initializers:
+            del graph.initializers[value.name]
+
+
+def _stored_weight(graph: ir.Graph, name: str, layer: QuantizedLayer, storage: str) -> ir.Value:
+    spec = layer.qparams.spec
+    fits = spec.qmin >= _INT4_LIMITS[0] and spec.qmax <= _INT4_LIMITS[1]
+    if storage == "int8" or not fits:
+        return _constant(graph, f"{name}.weight_quantized", layer.weight)
+    data = layer.weight.astype(ir.DataType.INT4.numpy())
+    packed = _constant(graph, f"{name}.weight_quantized", data, ir.DataType.INT4)
+    # ONNX Runtime folds this cast at load and then runs its int8 kernel; without it the convolution runs in float.
+    return _add_node(graph, "Cast", [packed], f"{name}.weight_int8", {"to": int(ir.DataType.INT8)})
+
+
+def _quantize_value(graph: ir.Graph, value: ir.Value, qparams: QParams) -> None:
+    """Sends all readers of a value through Q and DQ."""
+    name = value.name
+    container = np.int8 if qparams.spec.signed else np.uint8
+    scale = _constant(graph, f"{name}.scale", qparams.scale)
+    zero_point = _constant(graph, f"{name}.zero_point", qparams.zero_point.astype(container))
+    _insert_pair(graph, value, scale, zero_point)
+
+
+def _insert_pair(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Value) -> None:
+    readers = list(value.uses())
+    quantized = _add_node(graph, "QuantizeLinear", [value, scale, zero_point], f"{value.name}.quantized")
+    result = _add_node(graph, "DequantizeLinear", [quantized, scale, zero_point], f"{value.name}.dequantized")
+    for use in readers:
+        use.node.replace_input_with(use.idx, result)
+
+
+def _repeat_over_splits(graph: ir.Graph) -> None:
+    """Parts of a quantized tensor are quantized with its scale, so that a runtime splits integers."""
+    for node in list(graph):
+        source = node.inputs[0].producer() if node.op_type == "Split" and node.inputs[0] is not None else None
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        scale, zero_point = source.inputs[1], source.inputs[2]
+        assert scale is not None and zero_point is not None
+        for part in node.outputs:
+            _insert_pair(graph, part, scale, zero_point)
