@@ -17,28 +17,28 @@ from qyolo_deploy.graph.simulate import View
 from qyolo_deploy.graph.trace import INPUT
 
 OUTPUT = "output0"
-OPSET = 18
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CORE = "core."
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
 
-def export_float(view: View, imgsz: int, dynamic: bool) -> ir.Model:
+def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.Model:
     """Exports a folded float detector.
 
     Args:
         view: From `fold_float`.
         imgsz: Side of the example image, and of every image where shapes are static.
         dynamic: Batch, height and width stay open.
+        opset: 18 loads everywhere; 21 has 4-bit integers.
 
     Returns:
-        Opset 18, input `images`, output `output0`. The output of each module of the core is a value of the module's
+        A graph with input `images` and output `output0`. The output of each module of the core is a value of the module's
         name (`model.0.conv`), which is how quantization parameters find their tensors.
 
     Raises:
         InputError: If the exporter or simplifier does not keep a tensor of the network.
     """
-    proto = _export(view, imgsz, dynamic)
+    proto = _export(view, imgsz, dynamic, opset)
     names = _rename_values(proto)
     proto, consistent = onnxsim.simplify(proto)
     if not consistent:
@@ -53,7 +53,7 @@ def export_float(view: View, imgsz: int, dynamic: bool) -> ir.Model:
     return model
 
 
-def _export(view: View, imgsz: int, dynamic: bool) -> onnx.ModelProto:
+def _export(view: View, imgsz: int, dynamic: bool, opset: int) -> onnx.ModelProto:
     # An example with sides and a batch of its own keeps the exporter from taking two axes for one.
     example = torch.zeros((2, 3, imgsz, imgsz + 32) if dynamic else (1, 3, imgsz, imgsz))
     shapes = {INPUT: {axis: torch.export.Dim.DYNAMIC for axis in _AXES}} if dynamic else None
@@ -63,7 +63,7 @@ def _export(view: View, imgsz: int, dynamic: bool) -> onnx.ModelProto:
             (example,),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            opset_version=OPSET,
+            opset_version=opset,
             dynamic_shapes=shapes,
             dynamo=True,
             verbose=False,
@@ -75,7 +75,6 @@ def _export(view: View, imgsz: int, dynamic: bool) -> onnx.ModelProto:
             proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
         proto.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "batch"
         proto.graph.output[0].type.tensor_type.shape.dim[2].dim_param = "anchors"
-    del proto.graph.value_info[:]
     return proto
 
 
@@ -94,9 +93,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _rename_values(proto: onnx.ModelProto) -> list[str]:
-    """Names each module's last output after the module; returns the names given."""
+    """Names each module's last float output after the module; returns the names given.
+
+    The arithmetic on open shapes, which carries the names of modules too, is in integers.
+    """
+    floats = {v.name for v in proto.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    del proto.graph.value_info[:]
     last: dict[str, str] = {}
     for node in proto.graph.node:
+        if node.output[0] not in floats:
+            continue
         module = _module_of({entry.key: entry.value for entry in node.metadata_props})
         if module is not None:
             last[module] = node.output[0]

@@ -91,16 +91,18 @@ def _name_calls(traced: fx.GraphModule) -> None:
         elif node.op == "call_module":
             module = modules[node.target]
             if not any(True for _ in module.parameters()):
-                place = _join(_own_scope(node), node.target.rsplit(".", 1)[-1])
+                place = _place_of(node)
                 _call(traced, node, _unused(place, seen), copy(module), node.args)
         seen.add(str(node.target))
 
 
-def _own_scope(node: fx.Node) -> str:
-    """Path of the module that called this leaf: the last entry of the stack is the leaf itself."""
+def _place_of(node: fx.Node) -> str:
+    """Where a leaf is called: its own path, or that of its caller's if it is one instance used all over (SiLU)."""
+    target = str(node.target)
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-2] if len(paths) > 1 else ""
+    paths = [path for path, _ in stack.values()]  # the last entry is the leaf itself
+    caller = paths[-2] if len(paths) > 1 else ""
+    return target if target.startswith(caller) else _join(caller, target.rsplit(".", 1)[-1])
 
 
 def _join(scope: str, name: str) -> str:

@@ -162,9 +162,9 @@ def _epoch(
         for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
             group["lr"] = rate * factor
         loss, items = step(batch)
-        if not math.isfinite(float(loss)):
+        if not math.isfinite(value := loss.item()):
             raise QyoloError(
-                f"the loss is {float(loss)} in epoch {epoch + 1}", hint="Lower the learning rate."
+                f"the loss is {value} in epoch {epoch + 1}", hint="Lower the learning rate."
             )
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -173,7 +173,7 @@ def _epoch(
         if after_step is not None:
             after_step()
         run.ema.update()
-        total, images = total + float(loss), images + len(batch["img"])
+        total, images = total + value, images + len(batch["img"])
         parts = {name: parts.get(name, 0.0) + value for name, value in items.items()}
         if progress is not None:
             line = f"epoch {epoch + 1}/{schedule.epochs}, loss {total / (index + 1):.4f}"

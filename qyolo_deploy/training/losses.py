@@ -47,6 +47,6 @@ def make_step(model: nn.Module, detector: Detector, loss: LossSection) -> Step:
         if loss.detection:
             total, _ = detector.loss(maps, batch)
             parts["detection"] = loss.detection * total / len(batch["img"])
-        return torch.stack(list(parts.values())).sum(), {name: float(value) for name, value in parts.items()}
+        return torch.stack(list(parts.values())).sum(), {name: value.item() for name, value in parts.items()}
 
     return step

@@ -63,7 +63,8 @@ def decode(output: Float32, conf: float, iou: float, max_det: int, *, multi_labe
         multi_label: Every (anchor, class) pair is a candidate; otherwise each anchor's best class alone.
 
     Returns:
-        Detections by descending score; equal scores keep the order of `output` (class, then anchor).
+        Detections by descending score; equal scores keep their order in `output`: by class, then by
+        anchor, and by anchor alone without `multi_label`.
     """
     if is_end_to_end(output.shape):
         kept = output[output[:, 4] > conf]
@@ -135,7 +136,7 @@ def _overlaps(
     boxes: Float64, classes: Int64, rows: Int64, columns: Int64, iou: float
 ) -> npt.NDArray[np.bool_]:
     """Return bool `[rows, columns]`: the same class and an IoU above the threshold."""
-    result = classes[rows][:, None] == classes[columns]
+    result: npt.NDArray[np.bool_] = classes[rows][:, None] == classes[columns]
     # Most pairs differ in class, so IoU is worth computing for the others only.
     i, j = np.nonzero(result)
     a, b = boxes[rows[i]].T, boxes[columns[j]].T

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -113,7 +113,7 @@ def evaluate(
     return metrics, results
 
 
-def _read_ahead(records: Sequence[ImageRecord], settings: EvalSettings) -> Iterator[_Prepared]:
+def _read_ahead(records: Sequence[ImageRecord], settings: EvalSettings) -> Generator[_Prepared, None, None]:
     """Yield the images in order while a thread prepares the next ones; its errors are raised here."""
     waiting: deque[Future[_Prepared]] = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")

@@ -2,7 +2,6 @@ import hashlib
 import json
 import math
 
-import cv2
 import numpy as np
 import pytest
 
@@ -143,19 +142,6 @@ def test_boxes_are_tight_around_whole_discs():
     assert max(fill) < 0.85
 
 
-def test_objects_stand_out_of_the_canvas_where_their_boxes_are():
-    inside, around = [], []
-    for image, items in scenes(40):
-        edges = np.abs(cv2.Laplacian(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.CV_32F, ksize=3))
-        mask = np.zeros((256, 256), bool)
-        for item in items:
-            x0, y0, x1, y1 = item.box
-            mask[y0:y1, x0:x1] = True
-        inside.append(edges[mask].mean() if mask.any() else 0)
-        around.append(edges[~mask].mean())
-    assert np.mean(inside) > 1.2 * np.mean(around)
-
-
 # Areas in units of radius squared, from plane geometry.
 @pytest.mark.parametrize(
     ("shape", "area"),
@@ -175,9 +161,9 @@ def test_objects_stand_out_of_the_canvas_where_their_boxes_are():
     ],
 )
 def test_shapes_have_the_area_of_geometry(shape, area):
-    grid = np.arange(-120, 121, dtype=np.float32)
+    grid = np.linspace(-120, 120, 769, dtype=np.float32)
     distance = shape(grid[None, :], grid[:, None], 100.0)
-    assert (distance < 0).sum() / 100**2 == pytest.approx(area, rel=0.02)
+    assert (distance < 0).mean() * 2.4**2 == pytest.approx(area, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""What every engine offers: the protocol of a loaded one, and opening any engine file."""
+
+import ast
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qyolo_deploy.errors import InputError
+
+OPENVINO_SUFFIX = "_openvino_model"
+
+
+class Runner(Protocol):
+    """A loaded engine.
+
+    Attributes:
+        path: The file or folder that it was loaded from.
+        runtime: `onnxruntime` or `openvino`.
+        imgsz: Height and width if they are fixed, else None.
+        names: Class names in the file's metadata; empty where it has none.
+        precision_hint: What the runtime was asked to compute in, if it can be asked.
+    """
+
+    path: Path
+    runtime: str
+    imgsz: tuple[int, int] | None
+    names: tuple[str, ...]
+    precision_hint: str | None
+
+    def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
+        """Float32 `[N, 3, H, W]` in 0..1 to `output0`, float32 `[N, 4 + nc, A]`."""
+
+
+def open_engine(path: Path, precision_hint: str = "f32") -> Runner:
+    """Loads an engine file of any kind.
+
+    Args:
+        path: `.onnx`, an OpenVINO `.xml`, or the folder that holds one.
+        precision_hint: For OpenVINO; `f32` computes what the file says, `bf16` may be faster.
+
+    Raises:
+        InputError: If there is no such file, it is of no known kind, or it cannot be loaded.
+        RuntimeMissingError: If its runtime is not installed.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such engine")
+    if path.suffix == ".onnx":
+        from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
+
+        return OnnxRuntimeRunner(path)
+    if path.suffix == ".xml" or path.is_dir():
+        from qyolo_deploy.engines.openvino import OpenVinoRunner
+
+        return OpenVinoRunner(path, precision_hint)
+    raise InputError(f"{path}: expected an .onnx file, an OpenVINO .xml or the folder that holds one")
+
+
+def engine_files(path: Path) -> list[Path]:
+    """The files of an engine: itself, or everything in its folder."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Class names from metadata, written as ultralytics writes them: the text of a dict from index to name."""
+    try:
+        data = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return ()
+    return tuple(str(data[key]) for key in sorted(data)) if isinstance(data, dict) else ()

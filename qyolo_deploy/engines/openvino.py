@@ -1,0 +1,102 @@
+"""OpenVINO on the CPU: building IR from a QDQ ONNX, and running it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from qyolo_deploy.engines.base import parse_names
+from qyolo_deploy.errors import InputError, RuntimeMissingError
+
+
+def import_openvino() -> Any:
+    """The openvino package.
+
+    Raises:
+        RuntimeMissingError: If it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise RuntimeMissingError(
+            "OpenVINO is not installed", hint='pip install "qyolo_deploy[openvino]"'
+        ) from error
+    return openvino
+
+
+def build_openvino(onnx_file: Path, folder: Path, stem: str, metadata: dict[str, Any]) -> None:
+    """Converts a QDQ ONNX file to IR in the layout that ultralytics reads.
+
+    Args:
+        onnx_file: The model.
+        folder: Existing folder for `<stem>.xml`, `<stem>.bin` and `metadata.yaml`.
+        stem: Name of the IR files.
+        metadata: Content of `metadata.yaml`.
+    """
+    openvino = import_openvino()
+    model = openvino.convert_model(onnx_file)
+    # Weights that stay float must not be rounded to half precision: the engine is held to the trained model.
+    openvino.save_model(model, folder / f"{stem}.xml", compress_to_fp16=False)
+    (folder / "metadata.yaml").write_text(yaml.safe_dump(metadata, sort_keys=False), encoding="utf-8")
+
+
+class OpenVinoRunner:
+    """A compiled model; see `Runner`.
+
+    Args:
+        path: The `.xml`, or a folder with exactly one.
+        precision_hint: `f32` or `bf16`; machines with AMX take bf16 by themselves, which is no parity.
+
+    Raises:
+        InputError: If the files are not there or cannot be loaded.
+        RuntimeMissingError: If OpenVINO is not installed.
+    """
+
+    runtime = "openvino"
+
+    def __init__(self, path: Path, precision_hint: str = "f32") -> None:
+        openvino = import_openvino()
+        self.path, self.precision_hint = path, precision_hint
+        xml = _xml_of(path)
+        try:
+            model = openvino.Core().read_model(xml)
+            self._compiled = openvino.compile_model(
+                model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{xml}: OpenVINO {openvino.__version__} cannot load it ({reason})") from error
+        shape = model.inputs[0].partial_shape
+        if len(model.inputs) != 1 or len(shape) != 4:
+            raise InputError(f"{xml}: expected one input [N, 3, H, W]")
+        static = shape[2].is_static and shape[3].is_static
+        self.imgsz = (shape[2].get_length(), shape[3].get_length()) if static else None
+        self.names = _names_beside(xml)
+
+    def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
+        """Runs the compiled model."""
+        try:
+            outputs = self._compiled(images)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
+        return np.asarray(outputs[0], np.float32)
+
+
+def _xml_of(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(path.glob("*.xml"))
+    if len(found) != 1:
+        raise InputError(f"{path}: expected a folder with one OpenVINO .xml, found {len(found)}")
+    return found[0]
+
+
+def _names_beside(xml: Path) -> tuple[str, ...]:
+    try:
+        data = yaml.safe_load((xml.parent / "metadata.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return ()
+    return parse_names(str(data.get("names", ""))) if isinstance(data, dict) else ()
