@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.spec import Granularity, LayerScheme, QuantScheme, QuantSpec
@@ -144,13 +144,16 @@ class FloatSection(TrainingSection):
 class LossSection(Section):
     """Weights of the parts of a loss; at least one must be positive."""
 
-    detection: Annotated[float, Field(ge=0)] = 0.0
-    logits: Annotated[float, Field(ge=0)] = 1.0
+    labels: Annotated[float, Field(ge=0, description="Detection loss of the architecture, on the labels")] = (
+        0.0
+    )
+    logits: Annotated[float, Field(ge=0, description="Raw head maps against the float model's")] = 1.0
+    detections: Annotated[float, Field(ge=0, description="Boxes and scores against the float model's")] = 1.0
 
     @model_validator(mode="after")
     def _has_part(self) -> "LossSection":
-        if self.detection == 0 and self.logits == 0:
-            raise ValueError("expected a positive weight for detection or logits")
+        if self.labels == 0 and self.logits == 0 and self.detections == 0:
+            raise ValueError("expected a positive weight for labels, logits or detections")
         return self
 
 
@@ -159,7 +162,7 @@ class TrainSection(TrainingSection):
 
     epochs: Annotated[int, Field(ge=0)] = 3
     lr: Rate = 0.0005
-    scale_lr: Rate = Field(0.0001, description="Learning rate of scales and offsets")
+    scale_lr: Rate = Field(0.001, description="Learning rate of scales and offsets, relative to each scale")
     loss: LossSection = LossSection()
 
 
@@ -202,18 +205,32 @@ class ValidateSection(Section):
 
 
 class Gate(Section):
-    """One condition on the report that decides the exit code.
+    """A condition on one number of one view's report, which decides the exit code of a build.
 
-    A metric is a dotted path into a view of `report.json`, accuracies as fractions. With `relative_to`, the bound
-    holds for the difference to (or the ratio with) the same metric of another view.
+    Attributes:
+        view: The report's name, such as `onnxruntime`.
+        metric: Where the number stands in the report's JSON, such as `map50_95`, `latency_ms.p50`,
+            `size_bytes`, `per_class.person`. Accuracies are fractions.
+        op: How the value must relate to the bound.
+        bound: In the unit of the metric, or a ratio.
+        relative_to: Another view; the value is then not the number itself but its relation to the other's.
+        mode: That relation: `difference` (observed - reference) or `ratio` (observed / reference).
     """
 
     view: str
     metric: str
     op: Literal[">=", "<=", ">", "<"]
-    bound: float
+    bound: FiniteFloat
     relative_to: str | None = None
     mode: Literal["difference", "ratio"] = "difference"
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> "Gate":
+        if self.relative_to is None and self.mode == "ratio":
+            raise ValueError("mode ratio needs relative_to, the view to compare with")
+        if self.relative_to == self.view:
+            raise ValueError(f"relative_to is {self.view!r}, the view itself")
+        return self
 
 
 class ReleaseSection(Section):

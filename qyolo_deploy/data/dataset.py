@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from qyolo_deploy.artifact import sha256_file
 from qyolo_deploy.data.coco_json import read_coco
 from qyolo_deploy.data.dataset_yaml import SplitImages, read_dataset_yaml
 from qyolo_deploy.data.images import read_image
@@ -124,33 +125,36 @@ def _check_image(record: ImageRecord) -> None:
         raise InputError(f"{record.path}: the image is {width} x {height} px, but annotated as {annotated}")
 
 
-def digest_dataset(dataset: DetectionDataset) -> str:
+def digest_dataset(dataset: DetectionDataset, sha256: Callable[[Path], str] = sha256_file) -> str:
     """Sha256 over names and contents of all images, the classes and the annotations.
 
     Names count from the images' common folder, so that a dataset may move without changing its digest.
 
+    Args:
+        dataset: What to digest.
+        sha256: Digest of a file; a cached one saves reading unchanged files again.
+
     Raises:
         InputError: A file cannot be read.
     """
+
+    def digest_file(path: Path) -> str:
+        try:
+            return sha256(path)
+        except OSError as error:
+            raise InputError(f"{path}: the file cannot be read ({error.strerror})") from error
+
     base = Path(os.path.commonpath([image.path.absolute().parent for image in dataset.images]))
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        digests = list(pool.map(_digest_file, (image.path for image in dataset.images)))
+        digests = list(pool.map(digest_file, (image.path for image in dataset.images)))
     names = [image.path.absolute().relative_to(base).as_posix() for image in dataset.images]
     if dataset.annotation_file is None:
         annotations = hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest()
     else:
-        annotations = _digest_file(dataset.annotation_file)
+        annotations = digest_file(dataset.annotation_file)
     content = {
         "images": sorted(zip(names, digests, strict=True)),
         "classes": list(zip(dataset.class_names, dataset.category_ids, strict=True)),
         "annotations": annotations,
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _digest_file(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: the file cannot be read ({error.strerror})") from error

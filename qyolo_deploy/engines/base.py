@@ -19,6 +19,7 @@ class Runner(Protocol):
         path: The file or folder that it was loaded from.
         runtime: `onnxruntime` or `openvino`.
         imgsz: Height and width if they are fixed, else None.
+        trained_imgsz: The longer side that the file's metadata names, if it does.
         names: Class names in the file's metadata; empty where it has none.
         precision_hint: What the runtime was asked to compute in, if it can be asked.
     """
@@ -26,6 +27,7 @@ class Runner(Protocol):
     path: Path
     runtime: str
     imgsz: tuple[int, int] | None
+    trained_imgsz: int | None
     names: tuple[str, ...]
     precision_hint: str | None
 
@@ -62,10 +64,29 @@ def engine_files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def parse_names(text: str) -> tuple[str, ...]:
-    """Class names from metadata, written as ultralytics writes them: the text of a dict from index to name."""
-    try:
-        data = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+def parse_names(value: object) -> tuple[str, ...]:
+    """Class names from metadata: a dict from index to name, or its text as ultralytics writes it."""
+    data = _literal(value)
+    if not isinstance(data, dict):
         return ()
-    return tuple(str(data[key]) for key in sorted(data)) if isinstance(data, dict) else ()
+    try:
+        ordered = sorted(data, key=int)  # JSON turns indices into text, where 10 comes before 2
+    except (TypeError, ValueError):
+        return ()
+    return tuple(str(data[key]) for key in ordered)
+
+
+def parse_imgsz(value: object) -> int | None:
+    """Longer side from metadata: `[height, width]` or its text."""
+    data = _literal(value)
+    sides = data if isinstance(data, list | tuple) else [data]
+    return max(sides) if sides and all(isinstance(side, int) for side in sides) else None
+
+
+def _literal(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None

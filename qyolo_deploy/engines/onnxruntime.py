@@ -7,10 +7,16 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from qyolo_deploy.engines.base import parse_names
+from qyolo_deploy.engines.base import parse_imgsz, parse_names
 from qyolo_deploy.errors import InputError
 
-_LOAD_ERRORS = (errors.Fail, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented, errors.NoSuchFile)
+_LOAD_ERRORS = (
+    errors.Fail,
+    errors.InvalidGraph,
+    errors.InvalidProtobuf,
+    errors.NotImplemented,
+    errors.NoSuchFile,
+)
 
 
 class OnnxRuntimeRunner:
@@ -31,23 +37,33 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
         except (*_LOAD_ERRORS, errors.InvalidArgument) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason})") from error
+            raise InputError(
+                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason})"
+            ) from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             raise InputError(f"{path}: expected one float32 input [N, 3, H, W]")
         self._input = inputs[0].name
         height, width = inputs[0].shape[2:]
         self.imgsz = (height, width) if isinstance(height, int) and isinstance(width, int) else None
-        self.names = parse_names(self._session.get_modelmeta().custom_metadata_map.get("names", ""))
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.names, self.trained_imgsz = (
+            parse_names(metadata.get("names")),
+            parse_imgsz(metadata.get("imgsz")),
+        )
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the session."""
         try:
             output: NDArray[np.float32] = self._session.run(None, {self._input: images})[0]
-        except (errors.InvalidArgument, errors.RuntimeException) as error:
+        except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
+            raise InputError(
+                f"{self.path}: cannot run on images of shape {images.shape} ({reason})"
+            ) from error
         return output

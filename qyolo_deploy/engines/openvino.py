@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from qyolo_deploy.engines.base import parse_names
+from qyolo_deploy.engines.base import parse_imgsz, parse_names
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 
 
@@ -73,7 +73,11 @@ class OpenVinoRunner:
             raise InputError(f"{xml}: expected one input [N, 3, H, W]")
         static = shape[2].is_static and shape[3].is_static
         self.imgsz = (shape[2].get_length(), shape[3].get_length()) if static else None
-        self.names = _names_beside(xml)
+        metadata = _metadata_beside(xml)
+        self.names, self.trained_imgsz = (
+            parse_names(metadata.get("names")),
+            parse_imgsz(metadata.get("imgsz")),
+        )
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the compiled model."""
@@ -81,7 +85,9 @@ class OpenVinoRunner:
             outputs = self._compiled(images)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
+            raise InputError(
+                f"{self.path}: cannot run on images of shape {images.shape} ({reason})"
+            ) from error
         return np.asarray(outputs[0], np.float32)
 
 
@@ -94,9 +100,10 @@ def _xml_of(path: Path) -> Path:
     return found[0]
 
 
-def _names_beside(xml: Path) -> tuple[str, ...]:
+def _metadata_beside(xml: Path) -> dict[str, Any]:
+    """Content of the `metadata.yaml` of ultralytics' layout; empty where there is none."""
     try:
         data = yaml.safe_load((xml.parent / "metadata.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return ()
-    return parse_names(str(data.get("names", ""))) if isinstance(data, dict) else ()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -97,7 +97,9 @@ def _rename_values(proto: onnx.ModelProto) -> list[str]:
 
     The arithmetic on open shapes, which carries the names of modules too, is in integers.
     """
-    floats = {v.name for v in proto.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    floats = {
+        v.name for v in proto.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    }
     del proto.graph.value_info[:]
     last: dict[str, str] = {}
     for node in proto.graph.node:

@@ -15,10 +15,15 @@ from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
 
 _INT4_LIMITS = (-8, 7)
+_ACTIVATION_BITS = 8
 
 
 def insert_qdq(
-    model: ir.Model, quantized: QuantizedModel, *, leave_out: frozenset[str] = frozenset(), storage: str = "int8"
+    model: ir.Model,
+    quantized: QuantizedModel,
+    *,
+    leave_out: frozenset[str] = frozenset(),
+    storage: str = "int8",
 ) -> ir.Model:
     """Makes a QDQ model; the float model is left as it is.
 
@@ -33,7 +38,7 @@ def insert_qdq(
         initializers and biases int32.
 
     Raises:
-        InputError: If the graph does not have a tensor of the quantized model.
+        InputError: If the graph does not have a tensor of the quantized model, or an activation is not of 8 bits.
     """
     graph_model = model.clone()
     _requires(graph_model.graph, quantized)
@@ -50,8 +55,12 @@ def insert_qdq(
 
 def _requires(graph: ir.Graph, quantized: QuantizedModel) -> None:
     """Every tensor is there, and every layer is a convolution with constant weights."""
-    for name in quantized.activations:
+    for name, qparams in quantized.activations.items():
         _value(graph, name)
+        if qparams.spec.bits != _ACTIVATION_BITS:
+            raise InputError(
+                f"activation '{name}' has {qparams.spec.bits} bits, but QuantizeLinear clips to {_ACTIVATION_BITS}"
+            )
     for name in quantized.layers:
         node = _value(graph, name).producer()
         if node is None or node.op_type != "Conv" or any(v.const_value is None for v in _constants(node)):
@@ -88,17 +97,27 @@ def _conv_of(graph: ir.Graph, name: str) -> ir.Node:
     return node
 
 
-def _constant(graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
+def _constant(
+    graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None
+) -> ir.Value:
     tensor = ir.Tensor(data, name=name) if dtype is None else ir.Tensor(data, dtype=dtype, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
 
 def _add_node(
-    graph: ir.Graph, op_type: str, inputs: list[ir.Value], output: str, attributes: dict[str, int] | None = None
+    graph: ir.Graph,
+    op_type: str,
+    inputs: list[ir.Value],
+    output: str,
+    attributes: dict[str, int] | None = None,
 ) -> ir.Value:
-    node = ir.node(op_type, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=f"{op_type}:{output}")
+    node = ir.node(
+        op_type, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=f"{op_type}:{output}"
+    )
     graph.append(node)
     return node.outputs[0]
 
@@ -116,7 +135,9 @@ def _quantize_layer(
     )
     bias = _constant(graph, f"{name}.bias_quantized", layer.bias)
     bias_scale = _constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
-    dequantized = _add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0})
+    dequantized = _add_node(
+        graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0}
+    )
     if len(conv.inputs) == 2:
         conv.resize_inputs(3)
     conv.replace_input_with(2, dequantized)

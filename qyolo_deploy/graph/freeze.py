@@ -80,8 +80,9 @@ def _fold(conv: QuantConv, quantizer: Quantizer, source: str, source_qparams: QP
     # A dead channel (factor near zero) would need a bias beyond int32: its weights become 0 on a coarser grid.
     floor = np.abs(bias) / (float(source_qparams.scale) * _BIAS_ROOM)
     dead = scale < floor
-    integers[dead] = np.rint(integers[dead] * (scale / np.maximum(floor, 1e-300))[dead, None, None, None])
-    scale = np.maximum(np.where(dead, floor * 2, scale), np.finfo(np.float32).tiny).astype(np.float32)
+    coarse = floor * 2
+    integers[dead] = np.rint(integers[dead] * (scale[dead] / coarse[dead])[:, None, None, None])
+    scale = np.maximum(np.where(dead, coarse, scale), np.finfo(np.float32).tiny).astype(np.float32)
     per_channel = replace(spec, granularity="per_channel", axis=0)
     return QuantizedLayer(
         weight=integers.astype(np.int8),

@@ -141,8 +141,11 @@ def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
         layers=layers,
         inputs={name: _input_of(network, groups, name) for name in layers},
         groups=tensors,
+        # In order of execution, not of a set: the order of parameters must be the same in every process, because
+        # the optimizer's state in a checkpoint goes by it.
         specs={
-            group: _activation_spec(scheme, bits.get(group, INNER_BITS)) for group in set(tensors.values())
+            group: _activation_spec(scheme, bits.get(group, INNER_BITS))
+            for group in dict.fromkeys(tensors.values())
         },
         repeats=frozenset(
             str(node.target) for node in network.nodes if node.op == "call_module" and network.repeats(node)

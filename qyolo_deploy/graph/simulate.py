@@ -1,5 +1,7 @@
 """The torch views of a detector: float with batch normalisation folded, and the fake-quantized `QuantizedModel`."""
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
@@ -46,7 +48,12 @@ class IntegerConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, layer: QuantizedLayer, source: QParams, target: QParams) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
         self.register_buffer("weight", torch.from_numpy(layer.weight.astype(np.float32)))
         self.register_buffer("bias", torch.from_numpy(layer.bias.astype(np.float32)))
         ratio = source.scale * layer.qparams.scale / target.scale
@@ -135,7 +142,9 @@ def simulate(detector: Detector, quantized: QuantizedModel) -> View:
         detector: The architecture; its weights are not used.
         quantized: The integers.
     """
-    view = fold_float(detector)
+    view = fold_float(
+        deepcopy(detector)
+    )  # a convolution without batch normalisation is still the detector's own
     core = view.core
     assert isinstance(core, fx.GraphModule)
     for name, layer in quantized.layers.items():

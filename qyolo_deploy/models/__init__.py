@@ -1,0 +1,1 @@
+"""Detector architectures, and checkpoints that are read as data."""

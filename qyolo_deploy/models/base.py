@@ -2,17 +2,16 @@
 
 import json
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from qyolo_deploy.errors import InputError
 
-_ACTIVATION = re.compile(r"(?:torch\.)?nn\.(?P<name>\w+)\((?P<arguments>[^()]*)\)")
+_ACTIVATION = re.compile(r"(?:torch\.)?nn\.(?P<name>\w+)\((?P<arguments>[-+\d.eE, ]*)\)")
 _ACTIVATIONS = ("SiLU", "ReLU", "ReLU6", "LeakyReLU", "Hardswish", "Mish", "GELU", "Identity")
 
 
@@ -67,7 +66,7 @@ class ModelSpec:
         return cls(data["family"], data["config"], tuple(data["names"]), tuple(data["strides"]))
 
 
-class Detector(nn.Module):
+class Detector(nn.Module, ABC):
     """A detector in two parts: a quantizable core and a decode that stays float.
 
     Attributes:
@@ -119,21 +118,7 @@ def parse_activation(text: str) -> nn.Module:
         arguments = json.loads(f"[{match['arguments']}]")
         module: nn.Module = getattr(nn, match["name"])(*arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"The activation {text!r} has arguments that are not plain numbers.") from error
+        raise InputError(
+            f"The activation {text!r} of the model's config has arguments that do not fit."
+        ) from error
     return module
-
-
-def cell_offsets(maps: Sequence[Tensor], offset: float) -> list[Tensor]:
-    """Return, level by level, each cell's x and y plus `offset` in cells, float32 `[2, h * w]`, y outermost.
-
-    Works with symbolic heights and widths, so that exported graphs keep them dynamic.
-    """
-    grids = []
-    for level in maps:
-        height, width = level.shape[-2:]
-        x = torch.arange(width, dtype=torch.float32, device=level.device) + offset
-        y = torch.arange(height, dtype=torch.float32, device=level.device) + offset
-        x = x.reshape(1, width).expand(height, width).reshape(1, height * width)
-        y = y.reshape(height, 1).expand(height, width).reshape(1, height * width)
-        grids.append(torch.cat((x, y)))
-    return grids

@@ -100,7 +100,9 @@ def _read_safetensors(path: Path, data: bytes) -> tuple[ModelSpec, dict[str, Ten
     except (safetensors.SafetensorError, ValueError) as error:
         raise InputError(f"The checkpoint {path} is truncated or not a safetensors file.") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise InputError(f"The safetensors file {path} does not say in its metadata that it is a {_KIND} of qyolo.")
+        raise InputError(
+            f"The safetensors file {path} does not say in its metadata that it is a {_KIND} of qyolo."
+        )
     return ModelSpec.from_json(content.get("spec", {})), state
 
 
@@ -134,10 +136,14 @@ def _modules(model: ModuleStub, path: Path) -> dict[str, ModuleStub]:
         found[prefix] = module
         children = module.state.get("_modules", {})
         if len(found) > _MAX_MODULES or not isinstance(children, dict):
-            raise InputError(f"The checkpoint {path} is not laid out like a model ({module.path} at '{prefix}').")
+            raise InputError(
+                f"The checkpoint {path} is not laid out like a model ({module.path} at '{prefix}')."
+            )
         for name, child in reversed(children.items()):
             if child is not None and not isinstance(child, ModuleStub):
-                raise InputError(f"The checkpoint {path} has at '{prefix}{name}' something that is not a module.")
+                raise InputError(
+                    f"The checkpoint {path} has at '{prefix}{name}' something that is not a module."
+                )
             if child is not None:
                 pending.append((f"{prefix}{name}.", child))
     return found
@@ -150,12 +156,16 @@ def _state(modules: Mapping[str, ModuleStub], path: Path) -> dict[str, Tensor]:
         for group in ("_parameters", "_buffers"):
             tensors = module.state.get(group, {})
             if not isinstance(tensors, dict):
-                raise InputError(f"The checkpoint {path} is not laid out like a model ({group} at '{prefix}').")
+                raise InputError(
+                    f"The checkpoint {path} is not laid out like a model ({group} at '{prefix}')."
+                )
             for name, tensor in tensors.items():
                 if tensor is None or name in transient:
                     continue
                 if not isinstance(tensor, Tensor):
-                    raise InputError(f"The checkpoint {path} has at '{prefix}{name}' something that is not a tensor.")
+                    raise InputError(
+                        f"The checkpoint {path} has at '{prefix}{name}' something that is not a tensor."
+                    )
                 state[f"{prefix}{name}"] = tensor
     return state
 
@@ -218,10 +228,12 @@ def _activation(modules: Mapping[str, ModuleStub], path: Path) -> str | None:
 def _take_anchors(
     spec: ModelSpec, state: dict[str, Tensor], path: Path
 ) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Move the head's anchors, which autoanchor may have changed, from the state into the config, in pixels."""
+    """Move the anchors, which training may have changed, from the state into the config, in pixels."""
     found = [name for name in state if name.endswith(".anchors")]
     if len(found) != 1 or state[found[0]].dim() != 3 or len(state[found[0]]) != len(spec.strides):
-        raise InputError(f"The checkpoint {path} has no anchors for each of its {len(spec.strides)} head levels.")
+        raise InputError(
+            f"The checkpoint {path} has no anchors for each of its {len(spec.strides)} head levels."
+        )
     # The head keeps them in cells of its level.
     pixels = state[found[0]].detach().double() * torch.tensor(spec.strides).reshape(-1, 1, 1)
     config = {**spec.config, "anchors": pixels.flatten(1).tolist()}

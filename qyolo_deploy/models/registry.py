@@ -10,7 +10,8 @@ from torch import Tensor
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.models.base import Detector, ModelSpec
 from qyolo_deploy.models.checkpoint import read_checkpoint
-from qyolo_deploy.models.ultralytics import build_ultralytics, read_config, spec_from_config
+from qyolo_deploy.models.ultralytics import build_ultralytics, spec_from_config
+from qyolo_deploy.models.ultralytics_config import read_config
 from qyolo_deploy.models.yolov5 import build_yolov5, spec_from_yolov5_config
 
 BUILDERS: Mapping[str, Callable[[ModelSpec], Detector]] = {
@@ -63,7 +64,9 @@ def build_detector(spec: ModelSpec) -> Detector:
         InputError: The family is unknown or its builder refuses the config.
     """
     if spec.family == "yolov7":
-        raise InputError("YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics.")
+        raise InputError(
+            "YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics."
+        )
     builder = BUILDERS.get(spec.family)
     if builder is None:
         raise InputError(f"The model family '{spec.family}' is not one of {', '.join(BUILDERS)}.")
@@ -85,8 +88,7 @@ def load_state(detector: Detector, state: Mapping[str, Tensor], new_head: bool =
         InputError: A tensor is missing, surplus or of another shape, the head excepted where allowed.
     """
     own = detector.core.state_dict()
-    head = next(reversed(own)).rpartition(".")[0]
-    head = ".".join(head.split(".")[:2]) + "."
+    head = ".".join(next(reversed(own)).split(".")[:2]) + "."  # "model.24."
     taken, skipped = {}, []
     for name, tensor in own.items():
         given = state.get(name)
@@ -104,7 +106,7 @@ def load_state(detector: Detector, state: Mapping[str, Tensor], new_head: bool =
     surplus = [name for name in state if name not in own and not (new_head and name.startswith(head))]
     if surplus:
         raise InputError(
-            f"The weights do not fit the architecture: it has no tensor '{surplus[0]}' ({len(surplus)} in all)."
+            f"The weights do not fit the architecture: {len(surplus)} tensors ('{surplus[0]}') are too many."
         )
     detector.core.load_state_dict(taken, strict=False)
     return tuple(skipped)
@@ -112,12 +114,16 @@ def load_state(detector: Detector, state: Mapping[str, Tensor], new_head: bool =
 
 def with_names(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
     """Return the same architecture for other classes."""
-    return ModelSpec(spec.family, {**copy.deepcopy(spec.config), "nc": len(names)}, tuple(names), spec.strides)
+    return ModelSpec(
+        spec.family, {**copy.deepcopy(spec.config), "nc": len(names)}, tuple(names), spec.strides
+    )
 
 
 def _architecture_spec(architecture: str, names: Sequence[str] | None) -> ModelSpec:
     if architecture.startswith("yolov7"):
-        raise InputError("YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics.")
+        raise InputError(
+            "YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics."
+        )
     config = read_config(architecture)
     if "anchors" in config:
         return spec_from_yolov5_config(config, names)

@@ -22,12 +22,12 @@ _TORCH_LAYERS = {
     "pooling": "MaxPool2d AvgPool2d AdaptiveAvgPool2d",
     "upsampling": "Upsample",
 }
-_ULTRALYTICS_LAYERS = (
-    "A2C2f AAttn ABlock AConv ADown AIFI Attention Bottleneck BottleneckCSP C1 C2 C2PSA C2f C2fCIB C2fPSA C3 "
-    "C3Ghost C3k C3k2 C3x CBFuse CBLinear CIB Concat Conv Conv2 ConvTranspose DFL DWConv DWConvTranspose2d Detect "
-    "ELAN1 Focus GhostBottleneck GhostConv MLPBlock PSA PSABlock RepBottleneck RepC3 RepCSP RepConv RepNCSPELAN4 "
-    "RepVGGDW SCDown SPP SPPELAN SPPF Silence TransformerBlock TransformerLayer v10Detect"
-)
+_ULTRALYTICS_LAYERS = """
+A2C2f AAttn ABlock AConv ADown AIFI Attention Bottleneck BottleneckCSP C1 C2 C2PSA C2f C2fCIB C2fPSA C3
+C3Ghost C3k C3k2 C3x CBFuse CBLinear CIB Concat Conv Conv2 ConvTranspose DFL DWConv DWConvTranspose2d Detect
+ELAN1 Focus GhostBottleneck GhostConv MLPBlock PSA PSABlock RepBottleneck RepC3 RepCSP RepConv RepNCSPELAN4
+RepVGGDW SCDown SPP SPPELAN SPPF Silence TransformerBlock TransformerLayer v10Detect
+"""
 # Names only: each is replaced by a stub, and the class itself is never looked up.
 MODULES = frozenset(
     [f"torch.nn.modules.{file}.{name}" for file, names in _TORCH_LAYERS.items() for name in names.split()]
@@ -45,7 +45,10 @@ VALUES = frozenset(
     + ["numpy.dtype", "numpy.ndarray"]
     + [f"pathlib{local}.{name}" for local in ("", "._local") for name in ("PosixPath", "WindowsPath")]
     + ["ultralytics.utils.IterableSimpleNamespace", "ultralytics.yolo.utils.IterableSimpleNamespace"]
-    + [f"ultralytics.utils.loss.{name}" for name in ("v8DetectionLoss", "E2ELoss", "E2EDetectLoss", "v10DetectLoss")]
+    + [
+        f"ultralytics.utils.loss.{name}"
+        for name in ("v8DetectionLoss", "E2ELoss", "E2EDetectLoss", "v10DetectLoss")
+    ]
     + [f"ultralytics.utils.loss.{name}" for name in ("BboxLoss", "DFLoss")]
     + ["ultralytics.utils.tal.TaskAlignedAssigner"]
 )
@@ -121,13 +124,16 @@ def load_stubs(data: bytes, label: str) -> Any:
         needed = _globals(data, label)
         _check_globals(needed, label)
         stubs: list[Any] = [
-            (type("Stub", (ModuleStub if name in MODULES else ValueStub,), {"path": name}), name) for name in needed
+            (type("Stub", (ModuleStub if name in MODULES else ValueStub,), {"path": name}), name)
+            for name in needed
         ]
         try:
             with torch.serialization.safe_globals(stubs):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except _SurprisingCallError as error:
-            raise InputError(f"The checkpoint {label} is refused: {error}, which no checkpoint does.") from error
+            raise InputError(
+                f"The checkpoint {label} is refused: {error}, which no checkpoint does."
+            ) from error
         except _MALFORMED as error:
             raise _damaged(label, error) from error
 
@@ -167,7 +173,9 @@ def _globals(data: bytes, label: str) -> list[str]:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data)))
     except ValueError as error:
         if "torchscript" in str(error):
-            raise InputError(f"The checkpoint {label} is a TorchScript archive; expected a training checkpoint.") from error
+            raise InputError(
+                f"The checkpoint {label} is a TorchScript archive; expected a training checkpoint."
+            ) from error
         raise _damaged(label, error) from error
     except _MALFORMED as error:
         raise _damaged(label, error) from error
@@ -176,7 +184,10 @@ def _globals(data: bytes, label: str) -> list[str]:
 def _check_globals(needed: list[str], label: str) -> None:
     """Refuse names that are not on the list, first those that no architecture explains."""
     unknown = [name for name in needed if name not in MODULES and name not in VALUES]
-    layers = [name for name in unknown if name.startswith(("models.", "ultralytics.nn."))]
+    layers = [
+        name for name in unknown if name.startswith(("models.", "torch.nn.modules.", "ultralytics.nn."))
+    ]
+    layers.sort(key=lambda name: not name.endswith("Model"))
     # Checkpoints of other tasks pickle bound methods through getattr: name the task and not getattr.
     foreign = [name for name in unknown if name not in layers and not (layers and name == "builtins.getattr")]
     if foreign:
@@ -189,7 +200,7 @@ def _check_globals(needed: list[str], label: str) -> None:
         raise InputError(f"The checkpoint {label} is a YOLOv7, which is not supported yet.")
     if layers:
         raise InputError(
-            f"The checkpoint {label} holds a {layers[0]}, which is not part of a supported detection architecture.",
+            f"The checkpoint {label} holds {layers[0]}, which no supported detection architecture has.",
             hint="Supported are detection models of YOLOv5 (releases 6 and 7) and of ultralytics.",
         )
 

@@ -1,12 +1,14 @@
 """Import ultralytics without its side effects on the network, the user's settings and this process."""
 
 import atexit
+import importlib
 import logging
 import os
 import shutil
 import sys
 import tempfile
 from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,16 +44,16 @@ def import_ultralytics() -> ModuleType:
 
 
 def _remove_own_folder(folder: str, owner: int) -> None:
-    """Remove the temporary settings folder, unless this is a forked worker that only inherited the handler."""
+    """Remove the temporary settings folder, unless in a forked worker, which only inherited the handler."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _quieten() -> None:
-    """Enforce in memory what the environment could not, also when the caller had imported ultralytics before."""
-    from ultralytics import utils
-    from ultralytics.utils import checks, events
-
+    """Set in memory what the environment cannot, and all of it if ultralytics was imported before."""
+    utils: Any = importlib.import_module("ultralytics.utils")
+    checks: Any = importlib.import_module("ultralytics.utils.checks")
+    events: Any = importlib.import_module("ultralytics.utils.events")
     utils.AUTOINSTALL = checks.AUTOINSTALL = False
     utils.ONLINE = checks.ONLINE = False
     events.events.enabled = False

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qyolo_deploy.data.dataset import DetectionDataset
 from qyolo_deploy.graph.fake_quantize import Quantizer
@@ -94,21 +93,20 @@ def calibrated(
 
 
 def _groups(model: PreparedModel, recipe: Recipe) -> list[ParameterGroup]:
-    """Scales and offsets apart from the rest: Adam ignores LSQ's gradient scale, so they need their own rate."""
+    """Weights, vectors, and one group for each quantizer.
+
+    Adam moves every parameter by about its learning rate, whatever the gradient's size; scales differ by a factor of
+    a hundred among themselves, so each gets a rate in proportion to where it starts.
+    """
     section = recipe.train
-    scales = [p for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()]
-    known = {id(parameter) for parameter in scales}
+    quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+    known = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    kernels = [parameter for parameter in rest if parameter.ndim > 1]
-    vectors = [parameter for parameter in rest if parameter.ndim <= 1]
-    return [
-        ParameterGroup(kernels, section.lr, section.weight_decay),
-        ParameterGroup(vectors, section.lr),
-        ParameterGroup([parameter for parameter in scales if parameter.requires_grad], section.scale_lr),
+    groups = [
+        ParameterGroup([p for p in rest if p.ndim > 1], section.lr, section.weight_decay),
+        ParameterGroup([p for p in rest if p.ndim <= 1], section.lr),
     ]
-
-
-def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Puts a saved state into a prepared model of the same recipe."""
-    with torch.no_grad():
-        model.load_state_dict(dict(state))
+    for quantizer in quantizers:
+        learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
+        groups.append(ParameterGroup(learned, section.scale_lr * quantizer.scale.mean().item()))
+    return groups

@@ -39,7 +39,7 @@ def train_float(
     core = detector.core
     trained = fit(
         core,
-        make_step(core, detector, LossSection(detection=1.0, logits=0.0)),
+        make_step(core, detector, LossSection(labels=1.0, logits=0.0, detections=0.0)),
         _groups(core, section.lr, section.weight_decay),
         Loader.of(dataset, section, recipe.model.imgsz),
         Schedule.of(section),

@@ -125,13 +125,11 @@ class QuantizedModel:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = json.loads(metadata["qyolo"])
             if header["format_version"] != FORMAT_VERSION:
-                raise InputError(
-                    f"{path}: format_version is {header['format_version']}, expected {FORMAT_VERSION}"
-                )
+                raise InputError(f"format_version is {header['format_version']}, expected {FORMAT_VERSION}")
             model = _from_parts(header, tensors)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: not a quantized model of this package ({error})") from error
         if tensors:
             raise InputError(f"{path}: unknown tensor '{sorted(tensors)[0]}'")

@@ -127,7 +127,10 @@ class Loader:
         """Batches of an epoch: `img` float32 `[N, 3, H, W]` in 0..1, `cls`, `bboxes`, `batch_idx`."""
         seed = (self._seed * 1_000_003 + number) % 2**31
         _seed_everything(seed)
-        self._data.buffer.clear()  # what an earlier epoch left would make a resumed run another one
+        # What an earlier epoch left would make a resumed run another one. Both go: mosaic draws from the buffer,
+        # which an image enters only when it is read and not when it is still in memory.
+        self._data.buffer.clear()
+        self._data.ims = [None] * len(self._data.ims)
         order = torch.randperm(len(self._indices), generator=torch.Generator().manual_seed(seed)).tolist()
         loader = DataLoader(
             self._data,

@@ -163,9 +163,7 @@ def _epoch(
             group["lr"] = rate * factor
         loss, items = step(batch)
         if not math.isfinite(value := loss.item()):
-            raise QyoloError(
-                f"the loss is {value} in epoch {epoch + 1}", hint="Lower the learning rate."
-            )
+            raise QyoloError(f"the loss is {value} in epoch {epoch + 1}", hint="Lower the learning rate.")
         run.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for g in run.optimizer.param_groups for p in g["params"]], MAX_GRAD_NORM)

@@ -1,47 +1,15 @@
-"""Gates: the conditions that a recipe sets for a release, as data, and their check against reports."""
+"""The check of a recipe's gates against reports."""
 
 import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
-
+from qyolo_deploy.recipe import Gate
 from qyolo_deploy.validate.report import EvalReport
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-
-
-class Gate(BaseModel):
-    """A condition on one number of one view's report.
-
-    Attributes:
-        view: The report's name, such as `onnxruntime`.
-        metric: Where the number stands in the report's JSON, such as `map50_95`, `latency_ms.p50`,
-            `size_bytes`, `per_class.person`. Accuracies are fractions.
-        op: How the value must relate to the bound.
-        bound: In the unit of the metric, or a ratio.
-        relative_to: Another view; the value is then not the number itself but its relation to the other's.
-        mode: That relation: `difference` (observed - reference) or `ratio` (observed / reference).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    view: str
-    metric: str
-    op: Literal[">=", "<=", ">", "<"]
-    bound: FiniteFloat
-    relative_to: str | None = None
-    mode: Literal["difference", "ratio"] = "difference"
-
-    @model_validator(mode="after")
-    def _check_reference(self) -> "Gate":
-        if self.relative_to is None and self.mode == "ratio":
-            raise ValueError("mode ratio needs relative_to, the view to compare with")
-        if self.relative_to == self.view:
-            raise ValueError(f"relative_to is {self.view!r}, the view itself")
-        return self
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,244 @@
+"""The `qyolo` command: arguments, tables, JSON and exit codes."""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qyolo_deploy._version import __version__
+from qyolo_deploy.console import Reporter
+from qyolo_deploy.errors import GateFailedError, InputError, QyoloError
+
+app = typer.Typer(
+    name="qyolo",
+    help="From float YOLO weights to low-bit engines, with the accuracy proven on the engine that ships.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3", metavar="KEY=VALUE")
+]
+
+
+def main() -> None:
+    """Runs the command and turns errors into one sentence and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except QyoloError as error:
+        _fail(error)
+        code = error.exit_code
+    except click.exceptions.Abort:
+        Console(stderr=True).print(
+            "interrupted; the same command goes on from the last finished stage or epoch"
+        )
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(InputError(f"{place}{error.strerror or error}"))
+        code = 2
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: QyoloError) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {error}", style="red", markup=False)
+    if error.hint:
+        console.print(f"hint: {error.hint}", markup=False)
+    if "--json" in sys.argv:
+        print(json.dumps({"error": str(error), "hint": error.hint, "exit_code": error.exit_code}))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Exit codes: 0 ok, 1 a gate failed, 2 bad input, 3 a runtime is missing, 4 integrity."""
+
+
+@app.command()
+def build(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")],
+    settings: Settings = None,
+    data: Annotated[str | None, typer.Option(help="Dataset instead of the recipe's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder under which <recipe name>/ is made.")] = Path("runs"),
+    until: Annotated[str | None, typer.Option(help="Last stage to run.")] = None,
+    force: Annotated[str | None, typer.Option(help="Stage to run although it is up to date.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train, correct, export, validate and release, as far as it is not done yet."""
+    from qyolo_deploy.pipeline import build as run_build
+
+    result = run_build(recipe, settings or (), data, out, until, force, Reporter(quiet))
+    if not quiet:
+        _print_build(result.to_json())
+    if as_json:
+        print(json.dumps(result.to_json()))
+    if failed := [gate for gate in result.gates if not gate["passed"]]:
+        if not as_json:
+            raise GateFailedError(f"{len(failed)} of {len(result.gates)} gates failed; there is no release")
+        raise typer.Exit(GateFailedError.exit_code)
+
+
+def _print_build(result: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    if not result["ran"]:
+        console.print(f"{result['folder']}: everything is up to date, nothing was done", markup=False)
+    if result["views"]:
+        console.print(_views_table(result["views"], result["gates"]))
+    for gate in result["gates"]:
+        if not gate["passed"]:
+            console.print(f"gate failed: {gate['reason']}", style="red", markup=False)
+    report = Path(result["folder"]) / "report.html"
+    if result["views"]:
+        console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _views_table(views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]] = ()) -> Table:
+    table = Table("view", title=None)
+    for column in ("mAP50-95", "mAP50", "size MB", "p50 ms", "p95 ms", "gates"):
+        table.add_column(column, justify="right")
+    gates = list(gates)
+    for view in views:
+        latency = view["latency_ms"] or {}
+        own = [gate for gate in gates if gate["view"] == view["name"]]
+        table.add_row(
+            view["name"],
+            f"{view['map50_95'] * 100:.2f}",
+            f"{view['map50'] * 100:.2f}",
+            "-" if view["size_bytes"] is None else f"{view['size_bytes'] / 1e6:.2f}",
+            *(f"{latency[key]:.1f}" if key in latency else "-" for key in ("p50", "p95")),
+            f"{sum(gate['passed'] for gate in own)}/{len(own)} passed" if own else "-",
+        )
+    return table
+
+
+@app.command()
+def validate(
+    engine: Annotated[Path, typer.Argument(help="An .onnx, an OpenVINO folder or .xml.")],
+    data: Annotated[str, typer.Option(help="Dataset YAML, its folder or a COCO JSON.")],
+    imgsz: Annotated[int | None, typer.Option(help="Longer side in pixels.")] = None,
+    conf: Annotated[float, typer.Option(help="Scores above it count.")] = 0.001,
+    iou: Annotated[float, typer.Option(help="Threshold of the non-maximum suppression.")] = 0.6,
+    precision_hint: Annotated[str, typer.Option(help="OpenVINO: f32 or bf16.")] = "f32",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure COCO mAP and latency of any engine file."""
+    from qyolo_deploy.validate.run import validate as run_validate
+
+    with Reporter(quiet).progress(f"validating {engine.name}") as tick:
+        report = run_validate(
+            engine, data, imgsz, conf, iou, precision_hint=precision_hint, progress=tick
+        ).to_json()
+    if not quiet:
+        Console(highlight=False).print(_views_table([report]))
+    if as_json:
+        print(json.dumps(report))
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(help="Release folder, with its manifest.json.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prove that a release is whole and unchanged."""
+    from qyolo_deploy.release.verify import verify_release
+
+    verified = verify_release(release)
+    facts = {
+        "release": str(verified.path),
+        "name": verified.manifest.name,
+        "version": verified.manifest.version,
+        "files": len(verified.files),
+        "size_bytes": verified.size_bytes,
+        "digest": verified.digest,
+    }
+    if not quiet:
+        text = f"{facts['name']} {facts['version']}: {facts['files']} files as released, digest {facts['digest']}"
+        Console(highlight=False, soft_wrap=True).print(text, markup=False)
+    if as_json:
+        print(json.dumps(facts))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show runtimes, versions and devices, what is missing and how to get it."""
+    from dataclasses import asdict
+
+    from qyolo_deploy.doctor import check_runtimes
+
+    findings = check_runtimes()
+    table = Table("component", "status", "version", "details", "how to get it", "needed for")
+    for found in findings:
+        color = "green" if found.status == "ok" else "yellow"
+        cells = (found.version, found.details, found.remedy, found.needed_for)
+        table.add_row(
+            found.component, f"[{color}]{found.status}[/]", *(cell.replace("[", r"\[") for cell in cells)
+        )
+    Console(highlight=False).print(table)
+    if as_json:
+        print(json.dumps({"findings": [asdict(found) for found in findings]}))
+
+
+@recipe_app.command("show")
+def recipe_show(
+    recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")], settings: Settings = None
+) -> None:
+    """Print a recipe with all defaults filled in."""
+    from qyolo_deploy.recipe import load_recipe
+
+    print(load_recipe(recipe, settings or ()).to_yaml(), end="")
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from qyolo_deploy.recipe import recipe_schema as schema
+
+    print(json.dumps(schema(), indent=1))
+
+
+@recipe_app.command("list")
+def recipe_list(folder: Annotated[Path, typer.Argument(help="Folder of recipes.")] = Path("recipes")) -> None:
+    """List the recipes of a folder."""
+    from qyolo_deploy.recipe import load_recipe
+
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of recipes")
+    table = Table("recipe", "model", "bits", "targets", "description")
+    for path in sorted(folder.glob("*.yaml")):
+        recipe = load_recipe(path)
+        model = recipe.model.weights or str(recipe.model.architecture)
+        table.add_row(
+            str(path),
+            model,
+            recipe.quantization.scheme().label,
+            ", ".join(recipe.export.targets),
+            recipe.description,
+        )
+    Console(highlight=False).print(table)

@@ -1,0 +1,137 @@
+"""What this machine can build and run, what is missing, and how to get it."""
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from qyolo_deploy._version import __version__
+
+Status = Literal["ok", "missing", "too old"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table.
+
+    Args:
+        component: What was looked for.
+        status: Whether it is usable.
+        version: Its version, if it is there.
+        details: Devices and abilities.
+        remedy: How to get it.
+        needed_for: What does not work without it.
+    """
+
+    component: str
+    status: Status
+    version: str
+    details: str
+    remedy: str
+    needed_for: str
+
+
+@dataclass(frozen=True)
+class _Package:
+    name: str
+    minimum: str
+    extra: str
+    needed_for: str
+    details: Callable[[], str] = lambda: ""
+
+
+def check_runtimes() -> list[Finding]:
+    """Looks for runtimes, build packages and devices; nothing is changed, torch is not imported."""
+    return [_python(), _cpu(), *(_package(entry) for entry in _PACKAGES), _compiler(), _gpu()]
+
+
+def _python() -> Finding:
+    system = f"{platform.system()} {platform.machine()}"
+    return Finding(
+        "python", "ok", platform.python_version(), f"qyolo_deploy {__version__}, {system}", "", "all"
+    )
+
+
+def _cpu() -> Finding:
+    known = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            words = set(file.read().split())
+    except OSError:
+        words = set()
+    abilities = [flag for flag in known if flag in words]
+    return Finding("cpu", "ok", "", ", ".join(abilities) or "abilities unknown", "", "int8 speed")
+
+
+def _package(entry: _Package) -> Finding:
+    extra = f"[{entry.extra}]" if entry.extra else ""
+    remedy = f'pip install "qyolo_deploy{extra}"'
+    try:
+        version = importlib.metadata.version(entry.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(entry.name, "missing", "", "", remedy, entry.needed_for)
+    if _numbers(version) < _numbers(entry.minimum):
+        return Finding(entry.name, "too old", version, f"at least {entry.minimum}", remedy, entry.needed_for)
+    return Finding(entry.name, "ok", version, entry.details(), "", entry.needed_for)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _onnxruntime_devices() -> str:
+    import onnxruntime
+
+    return ", ".join(onnxruntime.get_available_providers())
+
+
+def _openvino_devices() -> str:
+    import openvino
+
+    core = openvino.Core()
+    abilities = ", ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    return f"{', '.join(core.available_devices)} ({abilities})"
+
+
+def _compiler() -> Finding:
+    found = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+    status: Status = "ok" if found else "missing"
+    remedy = "" if found else "install g++ or clang"
+    return Finding("C++ compiler", status, "", found, remedy, "fast training (it works without, slower)")
+
+
+def _gpu() -> Finding:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return Finding("NVIDIA GPU", "missing", "", "no nvidia-smi", "", "training on a GPU")
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return Finding(
+            "NVIDIA GPU", "missing", "", "nvidia-smi does not answer", "check the driver", "training on a GPU"
+        )
+    return Finding("NVIDIA GPU", "ok", "", "; ".join(output.strip().splitlines()), "", "training on a GPU")
+
+
+_PACKAGES = (
+    _Package("onnxruntime", "1.18", "", "running ONNX engines", _onnxruntime_devices),
+    _Package("openvino", "2024.0", "openvino", "building and running OpenVINO engines", _openvino_devices),
+    _Package("faster-coco-eval", "1.7", "", "mAP"),
+    _Package("pycocotools", "2.0.8", "", "mAP by the reference"),
+    _Package("opencv-python", "4.10", "", "reading images"),
+    _Package("torch", "2.12", "build", "training and export"),
+    _Package("ultralytics", "8.4.190", "build", "training and export"),
+    _Package("onnx", "1.19", "build", "export"),
+    _Package("onnxscript", "0.5", "build", "export"),
+    _Package("onnxsim", "0.4.36", "build", "export"),
+    _Package("jinja2", "3.1", "build", "the HTML report"),
+)

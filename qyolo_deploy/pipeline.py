@@ -1,0 +1,321 @@
+"""The order of stages, their keys, what is up to date, and going on where a build stopped."""
+
+import fcntl
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qyolo_deploy._version import __version__
+from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, sha256_json, write_atomic
+from qyolo_deploy.console import Reporter
+from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
+from qyolo_deploy.errors import InputError, IntegrityError
+from qyolo_deploy.recipe import SYNTHETIC, Recipe, load_recipe
+from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, builtin_weights
+
+_RECORDS = ".stages"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a build.
+
+    Args:
+        name: Its name, and that of its folder.
+        version: Raised when the same inputs would give another result.
+        module: Where its `run` is; imported only when it runs.
+        sections: Recipe sections that decide its result.
+        needs: Stages whose artifacts it reads.
+    """
+
+    name: str
+    version: int
+    module: str
+    sections: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+STAGES = (
+    Stage("data", 1, "data", ("data",)),
+    Stage("float", 1, "float_model", ("model", "float"), ("data",)),
+    Stage("train", 1, "train", ("model", "data", "quantization", "train"), ("data", "float")),
+    Stage("correct", 1, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
+    Stage(
+        "export",
+        1,
+        "export",
+        ("name", "description", "model", "export", "release"),
+        ("float", "train", "correct"),
+    ),
+    Stage(
+        "validate",
+        1,
+        "validate",
+        ("name", "model", "export", "validate", "gates", "release"),
+        ("data", "float", "train", "correct", "export"),
+    ),
+    Stage(
+        "release",
+        1,
+        "release",
+        ("name", "release"),
+        ("data", "float", "train", "correct", "export", "validate"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What a build left behind.
+
+    Args:
+        folder: Root of the build.
+        ran: Stages that were run.
+        up_to_date: Stages that were not, because nothing that decides them has changed.
+        views: The measured views, as in `report.json`; empty if the build stopped before validation.
+        gates: The gates with their outcomes.
+    """
+
+    folder: Path
+    ran: tuple[str, ...]
+    up_to_date: tuple[str, ...]
+    views: tuple[dict[str, Any], ...]
+    gates: tuple[dict[str, Any], ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gate failed."""
+        return all(gate["passed"] for gate in self.gates)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as `qyolo build --json` prints it."""
+        return {
+            "folder": str(self.folder),
+            "ran": list(self.ran),
+            "up_to_date": list(self.up_to_date),
+            "passed": self.passed,
+            "views": list(self.views),
+            "gates": list(self.gates),
+        }
+
+
+def build(
+    recipe: str | Path,
+    settings: Sequence[str] = (),
+    data: str | Path | None = None,
+    out: str | Path = "runs",
+    until: str | None = None,
+    force: str | None = None,
+    reporter: Reporter | None = None,
+) -> BuildResult:
+    """Runs a recipe from its data to its release, as far as it is not done yet.
+
+    Args:
+        recipe: YAML file.
+        settings: `key.path=value` overrides.
+        data: Dataset that replaces the recipe's `data.source`.
+        out: Folder under which `<recipe name>/` is made.
+        until: Last stage to run.
+        force: Stage to run even if it is up to date.
+        reporter: Where progress goes; by default nowhere.
+
+    Returns:
+        What was run and measured. A gate that failed is told by `passed`; there is no release then.
+
+    Raises:
+        InputError: If recipe, data or weights are not usable.
+        RuntimeMissingError: If a package that a stage needs is not installed.
+    """
+    for argument, value in (("until", until), ("force", force)):
+        if value is not None and value not in [stage.name for stage in STAGES]:
+            raise InputError(
+                f"--{argument} {value}: expected one of {', '.join(stage.name for stage in STAGES)}"
+            )
+    loaded = load_recipe(Path(recipe), settings)
+    plan = _Plan(loaded, Path(recipe), data)
+    folder = Path(out) / loaded.name
+    with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
+        return _Build(plan, folder, reporter or Reporter(quiet=True), digests).run(until, force)
+
+
+class _Plan:
+    """A recipe with all files that it names found."""
+
+    def __init__(self, recipe: Recipe, path: Path, data: str | Path | None) -> None:
+        self.recipe = recipe
+        source = str(data) if data is not None else recipe.data.source
+        self.source = None if source == SYNTHETIC else find_input(source, path)
+        weights = recipe.model.weights
+        self.weights: Path | None = None
+        if weights is not None:
+            self.weights = (
+                builtin_weights(weights)
+                if weights.startswith(BUILTIN)
+                else find_input(weights, path, "weights")
+            )
+            if not self.weights.is_file():
+                raise InputError(f"{path}: model.weights: '{weights}' is not a file")
+        architecture = recipe.model.architecture
+        if architecture is not None and architecture.endswith((".yaml", ".yml")):
+            architecture = str(find_input(architecture, path, "architecture"))
+        self.architecture = architecture
+
+    def inputs(self, stage: Stage, sha256: Callable[[Path], str]) -> dict[str, str]:
+        """Digests of the files outside the build that decide a stage."""
+        found: dict[str, str] = {}
+        if stage.name == "data" and self.source is not None:
+            for split in ("train", "val"):
+                found[split] = digest_dataset(load_dataset(self.source, split), sha256)
+        if stage.name == "float" and self.weights is not None:
+            found["weights"] = sha256(self.weights)
+        if stage.name == "float" and self.architecture is not None and Path(self.architecture).is_file():
+            found["architecture"] = sha256(Path(self.architecture))
+        return found
+
+
+class _Build:
+    """One build in its folder."""
+
+    def __init__(self, plan: _Plan, folder: Path, reporter: Reporter, digests: DigestCache) -> None:
+        self._plan, self._folder, self._reporter, self._digests = plan, folder, reporter, digests
+        self._artifacts: dict[str, Artifact] = {}
+        self._ran: list[str] = []
+
+    def run(self, until: str | None, force: str | None) -> BuildResult:
+        write_atomic(self._folder / "recipe.resolved.yaml", self._plan.recipe.to_yaml())
+        for stage in STAGES:
+            if stage.name == "release" and not self._gates_passed():
+                break
+            self._stage(stage, stage.name == force)
+            if stage.name == until:
+                break
+        report = self._artifacts["validate"].info if "validate" in self._artifacts else {}
+        return BuildResult(
+            folder=self._folder,
+            ran=tuple(self._ran),
+            up_to_date=tuple(name for name in self._artifacts if name not in self._ran),
+            views=tuple(report.get("views", ())),
+            gates=tuple(report.get("gates", ())),
+        )
+
+    def _gates_passed(self) -> bool:
+        if all(gate["passed"] for gate in self._artifacts["validate"].info["gates"]):
+            return True
+        # A release of an earlier run would look as if it were this one's.
+        shutil.rmtree(self._folder / "release", ignore_errors=True)
+        return False
+
+    def _stage(self, stage: Stage, forced: bool) -> None:
+        inputs = self._plan.inputs(stage, self._digests.sha256)
+        inputs |= {name: self._artifacts[name].digest for name in stage.needs}
+        key = self._key(stage, inputs)
+        artifact = None if forced else self._recorded(stage, key)
+        if artifact is None:
+            artifact = self._execute(stage, key, inputs)
+            self._ran.append(stage.name)
+        self._artifacts[stage.name] = artifact
+
+    def _key(self, stage: Stage, inputs: Mapping[str, str]) -> str:
+        sections = {name: self._plan.recipe.section(name) for name in stage.sections}
+        return sha256_json([stage.name, stage.version, sections, dict(inputs)])
+
+    def _recorded(self, stage: Stage, key: str) -> Artifact | None:
+        """The stage's artifact if it is up to date: same key, all files as they were written."""
+        try:
+            text = (self._folder / _RECORDS / f"{stage.name}.json").read_text(encoding="utf-8")
+            artifact = Artifact.from_json(json.loads(text))
+            if artifact.key != key:
+                return None
+            artifact.verify(self._folder)
+        except (OSError, ValueError):
+            return None
+        except IntegrityError as error:
+            self._reporter.note(f"{stage.name}: {error} It is made again.")
+            return None
+        return artifact
+
+    def _execute(self, stage: Stage, key: str, inputs: dict[str, str]) -> Artifact:
+        self._reporter.note(f"{stage.name} ...")
+        start = time.monotonic()
+        self._log(stage.name, "start", key=key)
+        run: Callable[[StageContext], StageOutput] = importlib.import_module(
+            f"qyolo_deploy.stages.{stage.module}"
+        ).run
+        output = run(
+            StageContext(
+                recipe=self._plan.recipe,
+                folder=self._folder,
+                key=key,
+                source=self._plan.source,
+                weights=self._plan.weights,
+                architecture=self._plan.architecture,
+                artifacts=self._artifacts,
+                reporter=self._reporter,
+            )
+        )
+        artifact = Artifact.of_files(
+            self._folder,
+            output.files,
+            kind=output.kind,
+            stage=stage.name,
+            key=key,
+            inputs=inputs,
+            environment=environment_fingerprint(("torch", "onnxruntime", "openvino"))
+            | {"qyolo_deploy": __version__},
+            info=output.info,
+        )
+        write_atomic(self._folder / _RECORDS / f"{stage.name}.json", json.dumps(artifact.to_json(), indent=1))
+        seconds = round(time.monotonic() - start, 1)
+        self._log(stage.name, "end", seconds=seconds)
+        self._reporter.note(f"{stage.name}: {seconds} s")
+        return artifact
+
+    def _log(self, stage: str, event: str, **facts: object) -> None:
+        entry = {"time": round(time.time(), 3), "stage": stage, "event": event, **facts}
+        with (self._folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Makes the build's folder; bad input leaves nothing behind unless a model had already been made there."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        (folder / _RECORDS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be made ({error.strerror})", hint="--out names another place."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder}: not writable", hint="--out names another place.")
+    try:
+        yield
+    except InputError:
+        if folder in made and not (folder / _RECORDS / "float.json").exists():
+            shutil.rmtree(folder)
+            for parent in made[1:]:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps a second build out of the folder, and sweeps away what a killed one left half-written."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{folder}: another build is running there") from error
+        for leftover in folder.rglob(".*.partial*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+        yield

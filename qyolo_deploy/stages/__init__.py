@@ -1,0 +1,1 @@
+"""The stages of a build, each a function from its context to the files that it wrote."""

@@ -1,0 +1,74 @@
+"""What a stage is given and what it gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qyolo_deploy.artifact import Artifact
+from qyolo_deploy.console import Reporter
+from qyolo_deploy.recipe import Recipe
+
+BUILTIN = "builtin:"
+_ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything that a stage may read.
+
+    Args:
+        recipe: The resolved recipe.
+        folder: Root of the build.
+        key: The stage's key.
+        source: The dataset as found; None where the data stage generates it.
+        weights: The checkpoint as found; None for random weights.
+        architecture: Name or path of the architecture; None takes the checkpoint's.
+        artifacts: What the stages before it left, by stage.
+        reporter: Where progress goes.
+    """
+
+    recipe: Recipe
+    folder: Path
+    key: str
+    source: Path | None
+    weights: Path | None
+    architecture: str | None
+    artifacts: Mapping[str, Artifact]
+    reporter: Reporter
+
+    @property
+    def dataset(self) -> Path:
+        """Dataset YAML or folder that all later stages read."""
+        return self.source if self.source is not None else self.folder / "data" / "synthetic.yaml"
+
+    @property
+    def stem(self) -> str:
+        """First part of engine file names: the model's name."""
+        if self.recipe.model.weights is not None:
+            return Path(self.recipe.model.weights.removeprefix(BUILTIN)).stem
+        return Path(str(self.recipe.model.architecture)).stem
+
+    def lineage(self) -> dict[str, str]:
+        """Digests of all that went before."""
+        return {stage: artifact.digest for stage, artifact in self.artifacts.items()}
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage leaves.
+
+    Args:
+        kind: What the files are.
+        files: Paths of the files that it wrote, below the build folder.
+        info: Facts for later stages and reports, JSON values.
+    """
+
+    kind: str
+    files: list[Path]
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def builtin_weights(name: str) -> Path:
+    """Path of a checkpoint that the package brings, such as `builtin:quickstart`."""
+    return _ASSETS / f"{name.removeprefix(BUILTIN)}.safetensors"

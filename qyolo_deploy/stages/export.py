@@ -1,0 +1,81 @@
+"""Stage `export`: the float baseline and an engine for each target."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qyolo_deploy import __version__
+from qyolo_deploy.artifact import atomic_dir, atomic_path
+from qyolo_deploy.engines.base import OPENVINO_SUFFIX, engine_files
+from qyolo_deploy.engines.openvino import build_openvino
+from qyolo_deploy.export.float_onnx import export_float
+from qyolo_deploy.export.metadata import engine_metadata, set_metadata
+from qyolo_deploy.export.qdq import insert_qdq
+from qyolo_deploy.graph.simulate import fold_float
+from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.quant.model import QuantizedModel
+from qyolo_deploy.stages.context import StageContext, StageOutput
+
+# Opset 18 loads in every runtime of the last years; 4-bit integers came with 21.
+_OPSET = {"int8": 18, "int4": 21}
+
+
+def run(context: StageContext) -> StageOutput:
+    """Writes `engines/onnxruntime/*.onnx` and `engines/openvino/*_openvino_model/`."""
+    recipe = context.recipe
+    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
+    quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
+    metadata = engine_metadata(detector.spec, recipe, __version__)
+    with context.reporter.progress("exporting") as tick:
+        steps = 2 + len(recipe.export.targets)
+        tick(0, steps, "float graph")
+        model = export_float(
+            fold_float(detector), recipe.model.imgsz, recipe.export.dynamic, _OPSET[recipe.export.storage]
+        )
+        set_metadata(model, metadata)
+        engines = {"float": _save(model, _onnx_path(context, "fp32"))}
+        for done, target in enumerate(recipe.export.targets, start=1):
+            tick(done, steps, target)
+            engines[target] = _EXPORTERS[target](context, model, quantized, metadata)
+        tick(steps, steps)
+    files = [file for path in engines.values() for file in engine_files(path)]
+    relative = {view: path.relative_to(context.folder).as_posix() for view, path in engines.items()}
+    return StageOutput("engines", files, {"engines": relative})
+
+
+def _onnx_path(context: StageContext, label: str) -> Path:
+    return context.folder / "engines" / "onnxruntime" / f"{context.stem}_{label}.onnx"
+
+
+def _save(model: ir.Model, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        ir.save(model, temporary)
+    return path
+
+
+def _onnxruntime(
+    context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]
+) -> Path:
+    qdq = insert_qdq(model, quantized, storage=context.recipe.export.storage)
+    return _save(qdq, _onnx_path(context, quantized.scheme))
+
+
+def _openvino(
+    context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]
+) -> Path:
+    """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded."""
+    inner = frozenset(context.artifacts["train"].info["inner"])
+    qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage)
+    stem = f"{context.stem}_{quantized.scheme}"
+    folder = context.folder / "engines" / "openvino" / f"{stem}{OPENVINO_SUFFIX}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_dir(folder) as temporary:
+        source = temporary / "source.onnx"
+        ir.save(qdq, source)
+        build_openvino(source, temporary, stem, metadata)
+        source.unlink()
+    return folder
+
+
+_EXPORTERS = {"onnxruntime": _onnxruntime, "openvino": _openvino}

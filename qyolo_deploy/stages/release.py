@@ -1,0 +1,114 @@
+"""Stage `release`: engines, model, report and recipe with a manifest that vouches for each byte."""
+
+from pathlib import Path
+from typing import Any
+
+from qyolo_deploy import __version__
+from qyolo_deploy.artifact import environment_fingerprint, sha256_file
+from qyolo_deploy.engines.base import engine_files
+from qyolo_deploy.errors import GateFailedError
+from qyolo_deploy.release.bundle import write_release
+from qyolo_deploy.release.manifest import (
+    CreatedWith,
+    EngineEntry,
+    GateEntry,
+    LineageEntry,
+    ModelCard,
+    Postprocessing,
+    Preprocessing,
+    RecipeRef,
+    ReleaseInfo,
+)
+from qyolo_deploy.release.verify import verify_release
+from qyolo_deploy.stages.context import StageContext, StageOutput
+
+PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy")
+_FORMATS = {"float": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
+_RUNTIME_OF = {"float": "onnxruntime"}
+_RECIPE = "recipe.resolved.yaml"
+# The oldest releases that load what the export stage writes.
+_MINIMUM = {
+    "int8": {"onnxruntime": "1.18", "openvino": "2024.0"},
+    "int4": {"onnxruntime": "1.23", "openvino": "2025.0"},
+}
+
+
+def run(context: StageContext) -> StageOutput:
+    """Writes and verifies `release/`.
+
+    Raises:
+        GateFailedError: If a gate did not pass: what did not prove itself does not ship.
+    """
+    gates = context.artifacts["validate"].info["gates"]
+    if failed := [gate for gate in gates if not gate["passed"]]:
+        raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {failed[0]['reason']}")
+    files = _files(context)
+    folder = write_release(context.folder / "release", files, _info(context, gates))
+    verified = verify_release(folder)
+    return StageOutput(
+        "release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes}
+    )
+
+
+def _files(context: StageContext) -> dict[str, Path]:
+    """Source by path in the release; engines keep their places."""
+    root = context.folder
+    files = {name: root / name for name in (_RECIPE, "report.json", "report.html")}
+    files["model.safetensors"] = root / "correct" / "model.safetensors"
+    for path in context.artifacts["export"].info["engines"].values():
+        files |= {file.relative_to(root).as_posix(): file for file in engine_files(root / path)}
+    return files
+
+
+def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
+    recipe, artifacts = context.recipe, context.artifacts
+    model = artifacts["float"].info
+    return ReleaseInfo(
+        name=recipe.name,
+        version=recipe.release.version,
+        created_with=CreatedWith(qyolo_deploy=__version__, environment=environment_fingerprint(PACKAGES)),
+        recipe=RecipeRef(path=_RECIPE, sha256=sha256_file(context.folder / _RECIPE)),
+        lineage=tuple(
+            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs)
+            for stage, artifact in artifacts.items()
+        ),
+        model=ModelCard(
+            family=model["spec"]["family"],
+            architecture=context.stem,
+            names=tuple(model["spec"]["names"]),
+            strides=tuple(model["spec"]["strides"]),
+            imgsz=recipe.model.imgsz,
+            parameters=model["parameters"],
+        ),
+        datasets={split: artifacts["data"].info[split]["digest"] for split in ("train", "val")},
+        preprocessing=Preprocessing(letterbox=recipe.validate_.letterbox),
+        postprocessing=Postprocessing(
+            conf=recipe.validate_.conf,
+            iou=recipe.validate_.iou,
+            max_det=recipe.validate_.max_det,
+            multi_label=True,
+        ),
+        engines=tuple(
+            _engine(context, view)
+            for view in artifacts["validate"].info["views"]
+            if "engine" in view["digests"]
+        ),
+        gates=tuple(GateEntry(**gate) for gate in gates),
+        licenses={"model": recipe.release.license, "qyolo_deploy": "AGPL-3.0-or-later"},
+    )
+
+
+def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
+    name, storage = view["name"], context.recipe.export.storage
+    runtime = _RUNTIME_OF.get(name, name)
+    metrics = {key: view[key] for key in ("map50_95", "map50", "map75")}
+    return EngineEntry(
+        view=name,
+        path=context.artifacts["export"].info["engines"][name],
+        format=_FORMATS[name],
+        scheme="fp32" if name == "float" else context.artifacts["train"].info["scheme"],
+        storage="float32" if name == "float" else storage,
+        precision_hint=view["precision_hint"],
+        min_runtime_version=_MINIMUM[storage][runtime],
+        metrics=metrics | {f"latency_ms_{key}": value for key, value in view["latency_ms"].items()},
+    )

@@ -1,0 +1,50 @@
+"""Stage `train`: quantization-aware training."""
+
+import json
+
+from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.data.dataset import load_dataset
+from qyolo_deploy.graph.freeze import freeze
+from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.qat.train import train_qat
+from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.training.state import save_tensors
+
+
+def run(context: StageContext) -> StageOutput:
+    """Writes the integers of the EMA model, and both the raw and the EMA state that they may be made from again."""
+    folder = context.folder / "train"
+    folder.mkdir(exist_ok=True)
+    dataset = load_dataset(context.dataset, "train")
+    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
+    with context.reporter.progress("training") as tick:
+        result = train_qat(
+            detector,
+            dataset,
+            context.recipe,
+            checkpoint=folder / "checkpoint.safetensors",
+            key=context.key,
+            progress=tick,
+        )
+    quantized = freeze(result.model, context.lineage())
+    quantized.save(folder / "model.safetensors")
+    save_tensors(folder / "raw.safetensors", result.raw, {"state": "raw"})
+    save_tensors(folder / "ema.safetensors", result.model.state_dict(), {"state": "ema"})
+    write_atomic(folder / "history.json", json.dumps(result.history, indent=1))
+    names = ("model.safetensors", "raw.safetensors", "ema.safetensors", "history.json")
+    placement = result.model.placement
+    info = {
+        "epochs": list(result.history),
+        "scheme": quantized.scheme,
+        "inner": sorted(placement.inner),
+        "layers": [
+            {
+                "name": name,
+                "weight_bits": layer.weight_bits,
+                "activation_bits": placement.specs[placement.groups[placement.inputs[name]]].bits,
+            }
+            for name, layer in placement.layers.items()
+        ],
+        "float_layers": sorted(set(result.model.convs()) - set(placement.layers)),
+    }
+    return StageOutput("quantized_model", [folder / name for name in names], info)

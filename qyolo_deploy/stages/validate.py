@@ -1,0 +1,201 @@
+"""Stage `validate`: COCO mAP and latency of every view, gates, and the report."""
+
+import base64
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qyolo_deploy import __version__
+from qyolo_deploy.artifact import environment_fingerprint, sha256_file, write_atomic
+from qyolo_deploy.data.dataset import load_dataset
+from qyolo_deploy.data.images import read_image
+from qyolo_deploy.data.letterbox import letterbox, to_tensor
+from qyolo_deploy.data.records import DetectionDataset
+from qyolo_deploy.engines.base import Runner, open_engine
+from qyolo_deploy.graph.simulate import View, simulate
+from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.quant.model import QuantizedModel
+from qyolo_deploy.release.report import write_report
+from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.validate.detections import decode
+from qyolo_deploy.validate.evaluate import EvalSettings
+from qyolo_deploy.validate.gates import GateResult, check_gates
+from qyolo_deploy.validate.latency import measure_paired
+from qyolo_deploy.validate.report import EvalReport
+from qyolo_deploy.validate.run import digest_engine, evaluate_view, settings_for
+
+PACKAGES = (
+    "torch",
+    "ultralytics",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "numpy",
+    "opencv-python",
+    "faster-coco-eval",
+)
+_SAMPLES = 4
+_SAMPLE_CONF = 0.3
+
+
+class _TorchRunner:
+    """A torch view as a runner."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            output: NDArray[np.float32] = self._view(torch.from_numpy(images)).numpy()
+        return output
+
+
+def run(context: StageContext) -> StageOutput:
+    """Writes `report.json` and `report.html`; whether gates passed is in the output's info."""
+    recipe = context.recipe
+    dataset = load_dataset(context.dataset, "val")
+    engines = {
+        view: open_engine(context.folder / path)
+        for view, path in context.artifacts["export"].info["engines"].items()
+    }
+    settings = settings_for(
+        engines["float"],
+        recipe.model.imgsz,
+        conf=recipe.validate_.conf,
+        iou=recipe.validate_.iou,
+        max_det=recipe.validate_.max_det,
+        rect=recipe.validate_.rect,
+    )
+    latencies = _latencies(context, engines, dataset, settings)
+    data_digest = context.artifacts["data"].info["val"]["digest"]
+    reports = {}
+    for view in ("float", "fake_quantized", *recipe.export.targets):
+        with context.reporter.progress(f"validating {view}") as tick:
+            digests = {"data": data_digest}
+            if view == "fake_quantized":
+                runner: Any = _fake_quantized(context)
+                digests["model"] = sha256_file(context.folder / "correct" / "model.safetensors")
+            else:
+                runner = engines[view]
+                digests["engine"] = digest_engine(runner.path)
+            reports[view] = evaluate_view(
+                view,
+                runner,
+                dataset,
+                settings,
+                digests=digests,
+                latency_ms=latencies.get(view),
+                progress=tick,
+            )
+    results = check_gates(recipe.gates, reports)
+    report = _compose(context, reports, results)
+    report["samples"] = _samples(engines[recipe.export.targets[0]], dataset, settings)
+    files = [context.folder / "report.json", context.folder / "report.html"]
+    write_atomic(files[0], json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
+    write_report(files[1], report)
+    info = {"views": report["views"], "gates": report["gates"]}
+    return StageOutput("report", files, info)
+
+
+def _fake_quantized(context: StageContext) -> _TorchRunner:
+    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
+    quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
+    return _TorchRunner(simulate(detector, quantized))
+
+
+def _latencies(
+    context: StageContext, engines: dict[str, Runner], dataset: DetectionDataset, settings: EvalSettings
+) -> dict[str, dict[str, float]]:
+    """Interleaved, so that the machine's moods meet all engines alike; square input, as devices run it."""
+    image, _ = letterbox(read_image(dataset.images[0].path), settings.imgsz, settings.stride, rect=False)
+    with context.reporter.progress("measuring latency") as tick:
+        tick(0, 1)
+        rounds = context.recipe.validate_.latency_runs
+        paired = measure_paired(engines, to_tensor(image), rounds, baseline="float")
+        tick(1, 1)
+    return {view: latency.to_json() for view, latency in paired.latencies.items()}
+
+
+def _compose(
+    context: StageContext, reports: dict[str, EvalReport], results: list[GateResult]
+) -> dict[str, Any]:
+    recipe, train = context.recipe, context.artifacts["train"].info
+    return {
+        "name": recipe.name,
+        "version": recipe.release.version,
+        "created_with": __version__,
+        "views": [report.to_json() for report in reports.values()],
+        "gates": [gate_to_json(result) for result in results],
+        "training": {"epochs": train["epochs"]},
+        "correction": {"steps": _numbered(context.artifacts["correct"].info["epochs"])},
+        "quantization": {
+            "scheme": train["scheme"],
+            "targets": list(recipe.export.targets),
+            "layers": train["layers"],
+            "notes": _notes(context),
+        },
+        "recipe": {"yaml": recipe.to_yaml()},
+        "environment": environment_fingerprint(PACKAGES),
+        "lineage": [
+            {"stage": stage, "key": artifact.key, "inputs": artifact.inputs}
+            for stage, artifact in context.artifacts.items()
+        ],
+    }
+
+
+def _numbered(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"step": entry["epoch"], **entry} for entry in epochs]
+
+
+def _notes(context: StageContext) -> list[str]:
+    """What a reader of the numbers should know about the engines."""
+    train, notes = context.artifacts["train"].info, []
+    if train["float_layers"]:
+        notes.append(f"In float: {', '.join(train['float_layers'])}.")
+    if "openvino" in context.recipe.export.targets and train["inner"]:
+        notes.append(
+            f"OpenVINO leaves out {len(train['inner'])} quantizers inside SiLU that training models for ONNX Runtime: "
+            "it fuses convolution and SiLU into one int8 kernel."
+        )
+    if context.recipe.quantization.weights.bits < 8:
+        bits = context.recipe.quantization.weights.bits
+        notes.append(
+            f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed."
+        )
+    return notes
+
+
+def gate_to_json(result: GateResult) -> dict[str, Any]:
+    """A gate and its outcome as one flat object."""
+    outcome = {key: value for key, value in asdict(result).items() if key != "gate"}
+    return {**result.gate.model_dump(), **outcome}
+
+
+def _samples(runner: Runner, dataset: DetectionDataset, settings: EvalSettings) -> list[dict[str, str]]:
+    """A few validation images with what the engine detects in them."""
+    chosen = np.linspace(0, len(dataset) - 1, num=min(_SAMPLES, len(dataset)), dtype=int)
+    return [_sample(runner, dataset, settings, dataset.images[index].path) for index in chosen]
+
+
+def _sample(runner: Runner, dataset: DetectionDataset, settings: EvalSettings, path: Path) -> dict[str, str]:
+    image = read_image(path)
+    padded, geometry = letterbox(image, settings.imgsz, settings.stride, settings.rect)
+    found = decode(
+        runner(to_tensor(padded))[0], _SAMPLE_CONF, settings.iou, settings.max_det, multi_label=False
+    )
+    canvas = np.ascontiguousarray(image[:, :, ::-1])
+    for box, score, label in zip(geometry.to_original(found.boxes), found.scores, found.classes, strict=True):
+        left, top, right, bottom = (int(side) for side in box)
+        cv2.rectangle(canvas, (left, top), (right, bottom), (64, 220, 64), 1)
+        text = f"{dataset.class_names[label]} {score:.2f}"
+        cv2.putText(
+            canvas, text, (left + 1, max(top - 3, 8)), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (64, 220, 64), 1
+        )
+    _, encoded = cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, 85])
+    return {"title": path.name, "jpeg_base64": base64.b64encode(encoded.tobytes()).decode()}
