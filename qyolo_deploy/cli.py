@@ -1,12 +1,12 @@
 """The `qyolo` command: arguments, tables, JSON and exit codes."""
 
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -34,33 +34,29 @@ Settings = Annotated[
 
 def main() -> None:
     """Runs the command and turns errors into one sentence and an exit code."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
-        code = app(standalone_mode=False)
+        app()
     except QyoloError as error:
-        _fail(error)
-        code = error.exit_code
-    except click.exceptions.Abort:
-        Console(stderr=True).print(
-            "interrupted; the same command goes on from the last finished stage or epoch"
-        )
-        code = 130
-    except click.ClickException as error:
-        error.show()
-        code = 2
+        sys.exit(_fail(error))
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        _fail(InputError(f"{place}{error.strerror or error}"))
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(_fail(InputError(f"{place}{error.strerror or error}")))
 
 
-def _fail(error: QyoloError) -> None:
+def _interrupt(*_: object) -> None:
+    print("interrupted; the same command goes on from the last finished stage or epoch", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
+def _fail(error: QyoloError) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"error: {error}", style="red", markup=False)
     if error.hint:
         console.print(f"hint: {error.hint}", markup=False)
     if "--json" in sys.argv:
         print(json.dumps({"error": str(error), "hint": error.hint, "exit_code": error.exit_code}))
+    return error.exit_code
 
 
 def _version(wanted: bool) -> None:
@@ -71,9 +67,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
     """Exit codes: 0 ok, 1 a gate failed, 2 bad input, 3 a runtime is missing, 4 integrity."""
 
@@ -151,9 +145,7 @@ def validate(
     from qyolo_deploy.validate.run import validate as run_validate
 
     with Reporter(quiet).progress(f"validating {engine.name}") as tick:
-        report = run_validate(
-            engine, data, imgsz, conf, iou, precision_hint=precision_hint, progress=tick
-        ).to_json()
+        report = run_validate(engine, data, imgsz, conf, iou, precision_hint=precision_hint, progress=tick).to_json()
     if not quiet:
         Console(highlight=False).print(_views_table([report]))
     if as_json:
@@ -197,18 +189,14 @@ def doctor(as_json: Json = False) -> None:
     for found in findings:
         color = "green" if found.status == "ok" else "yellow"
         cells = (found.version, found.details, found.remedy, found.needed_for)
-        table.add_row(
-            found.component, f"[{color}]{found.status}[/]", *(cell.replace("[", r"\[") for cell in cells)
-        )
+        table.add_row(found.component, f"[{color}]{found.status}[/]", *(cell.replace("[", r"\[") for cell in cells))
     Console(highlight=False).print(table)
     if as_json:
         print(json.dumps({"findings": [asdict(found) for found in findings]}))
 
 
 @recipe_app.command("show")
-def recipe_show(
-    recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")], settings: Settings = None
-) -> None:
+def recipe_show(recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")], settings: Settings = None) -> None:
     """Print a recipe with all defaults filled in."""
     from qyolo_deploy.recipe import load_recipe
 

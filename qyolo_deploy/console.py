@@ -53,9 +53,7 @@ class Reporter:
 
     def _bar(self) -> Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        return Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[state]}"), console=self.console
-        )
+        return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[state]}"), console=self.console)
 
     def _lines(self, title: str) -> Tick:
         last = time.monotonic()

@@ -50,9 +50,7 @@ def check_runtimes() -> list[Finding]:
 
 def _python() -> Finding:
     system = f"{platform.system()} {platform.machine()}"
-    return Finding(
-        "python", "ok", platform.python_version(), f"qyolo_deploy {__version__}, {system}", "", "all"
-    )
+    return Finding("python", "ok", platform.python_version(), f"qyolo_deploy {__version__}, {system}", "", "all")
 
 
 def _cpu() -> Finding:

@@ -135,9 +135,7 @@ def build(
     """
     for argument, value in (("until", until), ("force", force)):
         if value is not None and value not in [stage.name for stage in STAGES]:
-            raise InputError(
-                f"--{argument} {value}: expected one of {', '.join(stage.name for stage in STAGES)}"
-            )
+            raise InputError(f"--{argument} {value}: expected one of {', '.join(stage.name for stage in STAGES)}")
     loaded = load_recipe(Path(recipe), settings)
     plan = _Plan(loaded, Path(recipe), data)
     folder = Path(out) / loaded.name
@@ -156,9 +154,7 @@ class _Plan:
         self.weights: Path | None = None
         if weights is not None:
             self.weights = (
-                builtin_weights(weights)
-                if weights.startswith(BUILTIN)
-                else find_input(weights, path, "weights")
+                builtin_weights(weights) if weights.startswith(BUILTIN) else find_input(weights, path, "weights")
             )
             if not self.weights.is_file():
                 raise InputError(f"{path}: model.weights: '{weights}' is not a file")
@@ -245,9 +241,7 @@ class _Build:
         self._reporter.note(f"{stage.name} ...")
         start = time.monotonic()
         self._log(stage.name, "start", key=key)
-        run: Callable[[StageContext], StageOutput] = importlib.import_module(
-            f"qyolo_deploy.stages.{stage.module}"
-        ).run
+        run: Callable[[StageContext], StageOutput] = importlib.import_module(f"qyolo_deploy.stages.{stage.module}").run
         output = run(
             StageContext(
                 recipe=self._plan.recipe,
@@ -267,8 +261,7 @@ class _Build:
             stage=stage.name,
             key=key,
             inputs=inputs,
-            environment=environment_fingerprint(("torch", "onnxruntime", "openvino"))
-            | {"qyolo_deploy": __version__},
+            environment=environment_fingerprint(("torch", "onnxruntime", "openvino")) | {"qyolo_deploy": __version__},
             info=output.info,
         )
         write_atomic(self._folder / _RECORDS / f"{stage.name}.json", json.dumps(artifact.to_json(), indent=1))
@@ -290,9 +283,7 @@ def _folder(folder: Path) -> Iterator[None]:
     try:
         (folder / _RECORDS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be made ({error.strerror})", hint="--out names another place."
-        ) from error
+        raise InputError(f"{folder}: cannot be made ({error.strerror})", hint="--out names another place.") from error
     if not os.access(folder, os.W_OK):
         raise InputError(f"{folder}: not writable", hint="--out names another place.")
     try:

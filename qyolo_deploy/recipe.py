@@ -27,9 +27,7 @@ class ModelSection(Section):
     """The float detector to start from."""
 
     weights: str | None = Field(None, description="Checkpoint (.pt or .safetensors), or `builtin:quickstart`")
-    architecture: str | None = Field(
-        None, description="Name such as yolo11n or a model YAML; needed without weights"
-    )
+    architecture: str | None = Field(None, description="Name such as yolo11n or a model YAML; needed without weights")
     imgsz: Annotated[int, Field(ge=32, multiple_of=32)] = 640
 
     @model_validator(mode="after")
@@ -52,9 +50,7 @@ class DataSection(Section):
 
     source: str = Field(description="Dataset YAML, its folder, or `synthetic`")
     synthetic: SyntheticSection = SyntheticSection()
-    calibration_images: Positive = Field(
-        64, description="Images of the training split that set the first scales"
-    )
+    calibration_images: Positive = Field(64, description="Images of the training split that set the first scales")
 
 
 class WeightsSection(Section):
@@ -94,9 +90,7 @@ class QuantizationSection(Section):
             weights=QuantSpec(weights.bits, granularity=weights.granularity, axis=axis),
             activations=QuantSpec(self.activations.bits, signed=False),
             first_last_bits=self.first_last_bits,
-            overrides={
-                glob: LayerScheme(entry.weights, entry.activations) for glob, entry in self.overrides.items()
-            },
+            overrides={glob: LayerScheme(entry.weights, entry.activations) for glob, entry in self.overrides.items()},
             keep_float=self.keep_float,
         )
 
@@ -125,9 +119,7 @@ class TrainingSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     augment: AugmentSection = AugmentSection()
-    images: Positive | None = Field(
-        None, description="Train on this many images of the split, chosen by seed"
-    )
+    images: Positive | None = Field(None, description="Train on this many images of the split, chosen by seed")
     workers: Annotated[int, Field(ge=0)] = 0
     seed: int = 0
 
@@ -144,9 +136,7 @@ class FloatSection(TrainingSection):
 class LossSection(Section):
     """Weights of the parts of a loss; at least one must be positive."""
 
-    labels: Annotated[float, Field(ge=0, description="Detection loss of the architecture, on the labels")] = (
-        0.0
-    )
+    labels: Annotated[float, Field(ge=0, description="Detection loss of the architecture, on the labels")] = 0.0
     logits: Annotated[float, Field(ge=0, description="Raw head maps against the float model's")] = 1.0
     detections: Annotated[float, Field(ge=0, description="Boxes and scores against the float model's")] = 1.0
 
@@ -199,7 +189,7 @@ class ValidateSection(Section):
     latency_runs: Positive = 50
 
     @property
-    def letterbox(self) -> str:
+    def letterbox(self) -> Literal["rect", "square"]:
         """The letterbox by its usual name."""
         return "rect" if self.rect else "square"
 
@@ -306,9 +296,7 @@ def _read_merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: no such recipe", hint="`qyolo recipe list` shows those of a folder."
-        ) from error
+        raise InputError(f"{path}: no such recipe", hint="`qyolo recipe list` shows those of a folder.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -353,13 +341,7 @@ def _explain(path: Path, error: ValidationError, settings: Sequence[str]) -> str
     details = error.errors()
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
-    source = (
-        f"--set {key}"
-        if any(s.partition("=")[0] == key for s in settings)
-        else f"{path}: {key}"
-        if key
-        else path
-    )
+    source = f"--set {key}" if any(s.partition("=")[0] == key for s in settings) else f"{path}: {key}" if key else path
     if first["type"] == "extra_forbidden":
         message = f"unknown key, expected one of {', '.join(_known_keys(first['loc'][:-1]))}"
     elif first["type"] == "missing":

@@ -38,9 +38,7 @@ def read_coco(
         known = {image.image_id for image in images}
         if not subset:
             missing = next(entry for entry in content["images"] if entry["id"] not in known)
-            raise InputError(
-                f"{file}: the listed image {missing['file_name']} is not among the split's images"
-            )
+            raise InputError(f"{file}: the listed image {missing['file_name']} is not among the split's images")
         for key, id_key in (("images", "id"), ("annotations", "image_id")):
             content[key] = [entry for entry in content[key] if entry[id_key] in known]
     boxes, classes = _training_boxes(content["annotations"], images, category_ids)
@@ -63,9 +61,7 @@ def _find_images(file: Path, entries: list[dict[str, Any]]) -> list[tuple[dict[s
     return found
 
 
-def _match_images(
-    file: Path, content: dict[str, Any], paths: Sequence[Path]
-) -> list[tuple[dict[str, Any], Path]]:
+def _match_images(file: Path, content: dict[str, Any], paths: Sequence[Path]) -> list[tuple[dict[str, Any], Path]]:
     names = [Path(entry["file_name"]).name for entry in content["images"]]
     _check_unique(file, "image file", names)
     entries = dict(zip(names, content["images"], strict=True))
@@ -109,9 +105,7 @@ def _check_images(file: Path, images: list[dict[str, Any]]) -> None:
     for entry in images:
         sized = _is_positive(entry.get("width")) and _is_positive(entry.get("height"))
         if not sized or not _is_int(entry.get("id")) or not isinstance(entry.get("file_name"), str):
-            raise InputError(
-                f"{file}: an image needs 'id', 'file_name', 'width' and 'height', got {_short(entry)}"
-            )
+            raise InputError(f"{file}: an image needs 'id', 'file_name', 'width' and 'height', got {_short(entry)}")
     _check_unique(file, "image", (entry["id"] for entry in images))
 
 
@@ -126,9 +120,7 @@ def _check_annotations(file: Path, content: dict[str, Any]) -> None:
         if not _is_int(entry.get("image_id")) or entry["image_id"] not in image_ids:
             raise InputError(f"{where} names image {entry.get('image_id')!r}, which the file does not list")
         if not _is_int(entry.get("category_id")) or entry["category_id"] not in category_ids:
-            raise InputError(
-                f"{where} names category {entry.get('category_id')!r}, which the file does not list"
-            )
+            raise InputError(f"{where} names category {entry.get('category_id')!r}, which the file does not list")
         box = entry.get("bbox")
         if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(value) for value in box):
             raise InputError(f"{where}: 'bbox' must be four finite numbers, got {_short(box)}")

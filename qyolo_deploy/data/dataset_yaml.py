@@ -89,13 +89,9 @@ def _split_images(file: Path, root: Path, split: str, value: object) -> SplitIma
             listed = True
             paths += _read_list(place, root)
         else:
-            raise InputError(
-                f"{file}: '{split}' names {place}, which is neither a folder nor a .txt list of images"
-            )
+            raise InputError(f"{file}: '{split}' names {place}, which is neither a folder nor a .txt list of images")
     if not paths:
-        raise InputError(
-            f"{file}: the split '{split}' is empty, there is no image in {', '.join(map(str, entries))}"
-        )
+        raise InputError(f"{file}: the split '{split}' is empty, there is no image in {', '.join(map(str, entries))}")
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise InputError(f"{file}: the split '{split}' names the image {twice} twice")

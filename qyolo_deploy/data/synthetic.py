@@ -38,9 +38,7 @@ class _Parameters:
             if getattr(self, key) < 1:
                 raise InputError(f"synthetic data: {key} must be at least 1, not {getattr(self, key)}")
         if self.imgsz < 4 * SMALLEST_PX:
-            raise InputError(
-                f"synthetic data: imgsz must be at least {4 * SMALLEST_PX:.0f}, not {self.imgsz}"
-            )
+            raise InputError(f"synthetic data: imgsz must be at least {4 * SMALLEST_PX:.0f}, not {self.imgsz}")
         if self.seed < 0:
             raise InputError(f"synthetic data: seed must not be negative, but is {self.seed}")
 

@@ -139,9 +139,7 @@ def _arrange(rng: np.random.Generator, imgsz: int) -> list[_Item]:
     return items
 
 
-def _find_spot(
-    rng: np.random.Generator, imgsz: int, size: float, items: list[_Item]
-) -> tuple[float, float] | None:
+def _find_spot(rng: np.random.Generator, imgsz: int, size: float, items: list[_Item]) -> tuple[float, float] | None:
     """A centre that overlaps others little, or now and then any centre, or None where all is full."""
     crowded = rng.random() < 0.2
     for _ in range(8):
@@ -161,9 +159,7 @@ def _choose(rng: np.random.Generator, wanted: bool, size: float, x: float, y: fl
     return _Item(class_index, shape, textures[int(rng.integers(0, len(textures)))], size, x, y)
 
 
-def _paint(
-    rng: np.random.Generator, canvas: FloatArray, owner: NDArray[np.int16], item: _Item, index: int
-) -> float:
+def _paint(rng: np.random.Generator, canvas: FloatArray, owner: NDArray[np.int16], item: _Item, index: int) -> float:
     """Blend one item into `canvas`, mark its pixels in `owner`, return its area in px before any hiding."""
     imgsz = owner.shape[0]
     reach = math.ceil(item.size_px / 2 * _REACH) + 1

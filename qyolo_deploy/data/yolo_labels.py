@@ -27,9 +27,7 @@ def read_yolo_labels(paths: Sequence[Path], class_names: tuple[str, ...]) -> Ann
     """
     with ThreadPoolExecutor(max_workers=8) as pool:
         sizes = list(pool.map(read_size, paths))
-    images = tuple(
-        ImageRecord(index, path, *size) for index, (path, size) in enumerate(zip(paths, sizes, strict=True))
-    )
+    images = tuple(ImageRecord(index, path, *size) for index, (path, size) in enumerate(zip(paths, sizes, strict=True)))
     boxes, classes = [], []
     for image in images:
         image_classes, xyxy = read_label_file(label_path(image.path), len(class_names))
@@ -85,9 +83,7 @@ def _parse_line(line: str, where: str, class_count: int) -> tuple[int, NDArray[n
         values = np.empty(0)
     count = len(values)
     if count < 5 or count % 2 == 0:
-        raise InputError(
-            f"{where}: expected 'class x y w h' or 'class x1 y1 x2 y2 ...', got '{line.strip()[:60]}'"
-        )
+        raise InputError(f"{where}: expected 'class x y w h' or 'class x1 y1 x2 y2 ...', got '{line.strip()[:60]}'")
     if not np.isfinite(values).all():
         raise InputError(f"{where}: expected finite numbers, got '{line.strip()[:60]}'")
     if values[0] != int(values[0]) or not 0 <= values[0] < class_count:

@@ -1,0 +1,1 @@
+"""Building and running engines, one runtime a file."""

@@ -21,7 +21,6 @@ class Runner(Protocol):
         imgsz: Height and width if they are fixed, else None.
         trained_imgsz: The longer side that the file's metadata names, if it does.
         names: Class names in the file's metadata; empty where it has none.
-        precision_hint: What the runtime was asked to compute in, if it can be asked.
     """
 
     path: Path
@@ -29,7 +28,10 @@ class Runner(Protocol):
     imgsz: tuple[int, int] | None
     trained_imgsz: int | None
     names: tuple[str, ...]
-    precision_hint: str | None
+
+    @property
+    def precision_hint(self) -> str | None:
+        """What the runtime was asked to compute in, if it can be asked."""
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Float32 `[N, 3, H, W]` in 0..1 to `output0`, float32 `[N, 4 + nc, A]`."""

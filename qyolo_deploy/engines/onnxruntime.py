@@ -37,14 +37,10 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except (*_LOAD_ERRORS, errors.InvalidArgument) as error:
             reason = " ".join(str(error).split())
-            raise InputError(
-                f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason})"
-            ) from error
+            raise InputError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason})") from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             raise InputError(f"{path}: expected one float32 input [N, 3, H, W]")
@@ -63,7 +59,5 @@ class OnnxRuntimeRunner:
             output: NDArray[np.float32] = self._session.run(None, {self._input: images})[0]
         except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
             reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self.path}: cannot run on images of shape {images.shape} ({reason})"
-            ) from error
+            raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
         return output

@@ -20,9 +20,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise RuntimeMissingError(
-            "OpenVINO is not installed", hint='pip install "qyolo_deploy[openvino]"'
-        ) from error
+        raise RuntimeMissingError("OpenVINO is not installed", hint='pip install "qyolo_deploy[openvino]"') from error
     return openvino
 
 
@@ -85,9 +83,7 @@ class OpenVinoRunner:
             outputs = self._compiled(images)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
-            raise InputError(
-                f"{self.path}: cannot run on images of shape {images.shape} ({reason})"
-            ) from error
+            raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
         return np.asarray(outputs[0], np.float32)
 
 

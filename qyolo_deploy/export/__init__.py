@@ -1,0 +1,1 @@
+"""From the traced network to ONNX, float and quantized (build side)."""

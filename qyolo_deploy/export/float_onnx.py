@@ -43,7 +43,7 @@ def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.M
     proto, consistent = onnxsim.simplify(proto)
     if not consistent:
         raise InputError("the simplified graph does not compute what the network computes")
-    model = ir.from_proto(proto)
+    model: ir.Model = ir.from_proto(proto)
     RemoveUnusedNodesPass()(model)
     NameFixPass()(model)
     _strip_metadata(model)
@@ -56,7 +56,7 @@ def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.M
 def _export(view: View, imgsz: int, dynamic: bool, opset: int) -> onnx.ModelProto:
     # An example with sides and a batch of its own keeps the exporter from taking two axes for one.
     example = torch.zeros((2, 3, imgsz, imgsz + 32) if dynamic else (1, 3, imgsz, imgsz))
-    shapes = {INPUT: {axis: torch.export.Dim.DYNAMIC for axis in _AXES}} if dynamic else None
+    shapes = {INPUT: dict.fromkeys(_AXES, torch.export.Dim.DYNAMIC)} if dynamic else None
     with _quiet():
         program = torch.onnx.export(
             view.eval(),
@@ -97,9 +97,7 @@ def _rename_values(proto: onnx.ModelProto) -> list[str]:
 
     The arithmetic on open shapes, which carries the names of modules too, is in integers.
     """
-    floats = {
-        v.name for v in proto.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    }
+    floats = {v.name for v in proto.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
     del proto.graph.value_info[:]
     last: dict[str, str] = {}
     for node in proto.graph.node:

@@ -97,13 +97,9 @@ def _conv_of(graph: ir.Graph, name: str) -> ir.Node:
     return node
 
 
-def _constant(
-    graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None
-) -> ir.Value:
+def _constant(graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
     tensor = ir.Tensor(data, name=name) if dtype is None else ir.Tensor(data, dtype=dtype, name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype)
-    )
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 
@@ -115,16 +111,12 @@ def _add_node(
     output: str,
     attributes: dict[str, int] | None = None,
 ) -> ir.Value:
-    node = ir.node(
-        op_type, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=f"{op_type}:{output}"
-    )
+    node = ir.node(op_type, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=f"{op_type}:{output}")
     graph.append(node)
     return node.outputs[0]
 
 
-def _quantize_layer(
-    graph: ir.Graph, name: str, layer: QuantizedLayer, quantized: QuantizedModel, storage: str
-) -> None:
+def _quantize_layer(graph: ir.Graph, name: str, layer: QuantizedLayer, quantized: QuantizedModel, storage: str) -> None:
     """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias."""
     conv = _conv_of(graph, name)
     old = [value for value in conv.inputs[1:] if value is not None]
@@ -135,15 +127,13 @@ def _quantize_layer(
     )
     bias = _constant(graph, f"{name}.bias_quantized", layer.bias)
     bias_scale = _constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
-    dequantized = _add_node(
-        graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0}
-    )
+    dequantized = _add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0})
     if len(conv.inputs) == 2:
         conv.resize_inputs(3)
     conv.replace_input_with(2, dequantized)
     for value in old:
-        if not value.uses() and value.name in graph.initializers:
-            del graph.initializers[value.name]
+        if not value.uses() and value.name is not None:
+            graph.initializers.pop(value.name, None)
 
 
 def _stored_weight(graph: ir.Graph, name: str, layer: QuantizedLayer, storage: str) -> ir.Value:

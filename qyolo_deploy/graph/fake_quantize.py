@@ -20,9 +20,7 @@ def _forward(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(torch.round(x / scale), low), high) * scale
 
 
-def _backward(
-    grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x, scale and offset (LSQ, Esser 2020, eq. 3; LSQ+, Bhalgat 2020, eq. 4-5).
 
     `low` and `high` are the ends of the grid counted from zero, so with an offset (`low = qmin - z`) the upper end
@@ -72,7 +70,8 @@ class _FakeQuantize(torch.autograd.Function):
         zero_point = zero_point_of(scale, offset, qmin, qmax)
         low, high = qmin - zero_point, qmax - zero_point
         ctx.save_for_backward(x, scale, low, high, zero_point)
-        return _kernel(_forward)(x, scale, low, high)
+        rounded: Tensor = _kernel(_forward)(x, scale, low, high)
+        return rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
@@ -94,6 +93,11 @@ def zero_point_of(scale: Tensor, offset: Tensor, qmin: int, qmax: int) -> Tensor
     return torch.clamp(torch.round(-offset / scale), qmin, qmax)
 
 
+def _apply(x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int) -> Tensor:
+    output: Tensor = _FakeQuantize.apply(x, scale, offset, qmin, qmax)  # type: ignore[no-untyped-call]
+    return output
+
+
 def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
     """Rounds to the grid, differentiable in all three tensors.
 
@@ -107,9 +111,9 @@ def fake_quantize(x: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec) -> 
         float32 of x's shape: `s * (clip(round(x / s) + z, qmin, qmax) - z)` with `z = round(-offset / s)`.
     """
     if scale.ndim:  # a fixed number of axes, so that each kernel is compiled once
-        flat = _FakeQuantize.apply(x.flatten(1), scale[:, None], offset[:, None], spec.qmin, spec.qmax)
+        flat = _apply(x.flatten(1), scale[:, None], offset[:, None], spec.qmin, spec.qmax)
     else:
-        flat = _FakeQuantize.apply(x.flatten(), scale, offset, spec.qmin, spec.qmax)
+        flat = _apply(x.flatten(), scale, offset, spec.qmin, spec.qmax)
     return flat.view(x.shape)
 
 

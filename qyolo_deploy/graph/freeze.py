@@ -38,9 +38,7 @@ def freeze(model: PreparedModel, lineage: Mapping[str, str]) -> QuantizedModel:
         else:
             source = model.placement.inputs[name]
             layers[name] = _fold(conv, conv.quantizer, source, activations[source])
-    return QuantizedModel(
-        model.spec.to_json(), layers, activations, floats, model.scheme.label, dict(lineage)
-    )
+    return QuantizedModel(model.spec.to_json(), layers, activations, floats, model.scheme.label, dict(lineage))
 
 
 def activation_qparams(quantizer: Quantizer) -> QParams:
@@ -87,6 +85,6 @@ def _fold(conv: QuantConv, quantizer: Quantizer, source: str, source_qparams: QP
     return QuantizedLayer(
         weight=integers.astype(np.int8),
         qparams=QParams.of(per_channel, scale),
-        bias=quantize_bias(bias, source_qparams.scale * scale),
+        bias=quantize_bias(bias, np.asarray(source_qparams.scale * scale, np.float32)),
         input=source,
     )

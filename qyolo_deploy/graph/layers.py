@@ -1,14 +1,23 @@
 """A convolution with a quantized weight, its batch normalisation and its correction as one module."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from qyolo_deploy.graph.fake_quantize import Quantizer
 from qyolo_deploy.quant.spec import QuantSpec
 
 # Keeps folded scales positive: a channel whose factor reached zero could not be folded into a scale.
 MIN_GAMMA = 1e-6
+
+
+def convolution_like(conv: nn.Conv2d) -> Callable[..., Tensor]:
+    """The function `conv2d(x, weight, bias=None)` with a module's stride, padding, dilation and groups."""
+    geometry = {key: getattr(conv, key) for key in ("stride", "padding", "dilation", "groups")}
+    return partial(F.conv2d, **geometry)
 
 
 class QuantConv(nn.Module):
@@ -24,42 +33,30 @@ class QuantConv(nn.Module):
         spec: Grid of the weights; None keeps the layer in float.
     """
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, spec: QuantSpec | None) -> None:
         super().__init__()
         channels = conv.out_channels
-        self.stride, self.padding, self.dilation, self.groups = (
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        self.convolve = convolution_like(conv)
+        self.has_norm, self.eps = norm is not None, norm.eps if norm is not None else 0.0
         weight = conv.weight.detach().clone()
         bias = conv.bias.detach().clone() if conv.bias is not None else torch.zeros(channels)
-        self.has_norm = norm is not None
-        gamma, beta, mean, var, self.eps = (
-            torch.ones(channels),
-            bias,
-            torch.zeros(channels),
-            torch.ones(channels),
-            0.0,
-        )
+        gamma, beta, mean, var = torch.ones(channels), bias, torch.zeros(channels), torch.ones(channels)
         if norm is not None:
-            gamma, mean, var, self.eps = (
-                norm.weight.detach().clone(),
-                norm.running_mean,
-                norm.running_var,
-                norm.eps,
-            )
-            beta = norm.bias.detach().clone()
+            assert norm.running_mean is not None and norm.running_var is not None
             # A negative gamma would fold into a negative scale, so its sign moves into weights, bias and mean.
-            sign = torch.where(gamma < 0, -1.0, 1.0)
-            weight, gamma = weight * sign[:, None, None, None], (gamma * sign).clamp_(min=MIN_GAMMA)
-            mean = (mean - bias) * sign
+            sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0)
+            weight = weight * sign[:, None, None, None]
+            gamma = (norm.weight.detach() * sign).clamp_(min=MIN_GAMMA)
+            beta = norm.bias.detach().clone()
+            mean, var = (norm.running_mean - bias) * sign, norm.running_var.clone()
         self.weight = nn.Parameter(weight)
         self.gamma = nn.Parameter(gamma, requires_grad=self.has_norm)
         self.beta = nn.Parameter(beta)
-        self.register_buffer("mean", mean.detach().clone())
-        self.register_buffer("var", var.detach().clone())
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
         self.log_gain = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.shift = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.quantizer = Quantizer(spec, channels) if spec is not None else None
@@ -76,8 +73,7 @@ class QuantConv(nn.Module):
         """Float32 `[N, C_in, H, W]` to `[N, C_out, H', W']`."""
         weight = self.quantizer(self.weight) if self.quantizer is not None else self.weight
         factor, bias = self.affine()
-        weight = weight * factor[:, None, None, None]
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return self.convolve(x, weight * factor[:, None, None, None], bias)
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -60,9 +60,7 @@ def _grid(low: float, high: float, bound: float, spec: QuantSpec) -> tuple[float
     return max((high - low) / spec.qmax, MIN_SCALE), low
 
 
-def calibrate(
-    model: PreparedModel, batches: Iterable[Tensor], progress: Callable[[], None] | None = None
-) -> None:
+def calibrate(model: PreparedModel, batches: Iterable[Tensor], progress: Callable[[], None] | None = None) -> None:
     """Sets every scale and offset: weights from themselves, activations from what the float network computes.
 
     Args:
@@ -90,9 +88,7 @@ def _observe(
     def hook_of(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, inputs: samples[group].add(inputs[0], generator)
 
-    handles = [
-        quantizer.register_forward_pre_hook(hook_of(group)) for group, quantizer in model.quantizers().items()
-    ]
+    handles = [quantizer.register_forward_pre_hook(hook_of(group)) for group, quantizer in model.quantizers().items()]
     model.set_activations(False)
     model.set_weights(False)
     try:

@@ -14,7 +14,7 @@ from qyolo_deploy.graph.ops import Add, Concat, Mul
 from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
 
 INNER_BITS = 8
-_REPEATING_MODULES = (nn.MaxPool2d, nn.Upsample, nn.Identity, nn.Dropout, Concat)
+_REPEATING_MODULES = (nn.MaxPool2d, nn.Upsample, Concat)
 _REPEATING_CALLS = {"chunk", "split", "contiguous", "getitem"}
 
 
@@ -124,9 +124,7 @@ def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
     """
     network = _Network(traced)
     names, ends = layer_names(traced)
-    layers = {
-        name: layer for name, layer in scheme.resolve(names, ends).items() if layer.weight_bits is not None
-    }
+    layers = {name: layer for name, layer in scheme.resolve(names, ends).items() if layer.weight_bits is not None}
     groups = _join_repeats(network)
     quantized = _quantized_nodes(network, layers)
     roots = {groups.find(node) for node in quantized}
@@ -144,8 +142,7 @@ def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
         # In order of execution, not of a set: the order of parameters must be the same in every process, because
         # the optimizer's state in a checkpoint goes by it.
         specs={
-            group: _activation_spec(scheme, bits.get(group, INNER_BITS))
-            for group in dict.fromkeys(tensors.values())
+            group: _activation_spec(scheme, bits.get(group, INNER_BITS)) for group in dict.fromkeys(tensors.values())
         },
         repeats=frozenset(
             str(node.target) for node in network.nodes if node.op == "call_module" and network.repeats(node)

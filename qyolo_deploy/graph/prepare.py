@@ -25,9 +25,7 @@ class PreparedModel(nn.Module):
         scheme: Bits by layer.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, placement: Placement, spec: ModelSpec, scheme: QuantScheme
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, placement: Placement, spec: ModelSpec, scheme: QuantScheme) -> None:
         super().__init__()
         self.graph = graph
         self.placement = placement
@@ -36,7 +34,8 @@ class PreparedModel(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Float32 `[N, 3, H, W]` in 0..1 to the raw head maps."""
-        return self.graph(images)
+        maps: tuple[Tensor, ...] = self.graph(images)
+        return maps
 
     def convs(self) -> dict[str, QuantConv]:
         """Convolution name -> module, in order of execution, float ones too."""

@@ -1,12 +1,13 @@
 """The torch views of a detector: float with batch normalisation folded, and the fake-quantized `QuantizedModel`."""
 
+import copy
 from copy import deepcopy
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F  # noqa: N812
 
+from qyolo_deploy.graph.layers import convolution_like
 from qyolo_deploy.graph.trace import trace
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
@@ -46,14 +47,13 @@ class IntegerConv(nn.Module):
         target: Parameters of the output.
     """
 
+    weight: Tensor
+    bias: Tensor
+    ratio: Tensor
+
     def __init__(self, conv: nn.Conv2d, layer: QuantizedLayer, source: QParams, target: QParams) -> None:
         super().__init__()
-        self.stride, self.padding, self.dilation, self.groups = (
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
+        self.convolve = convolution_like(conv)
         self.register_buffer("weight", torch.from_numpy(layer.weight.astype(np.float32)))
         self.register_buffer("bias", torch.from_numpy(layer.bias.astype(np.float32)))
         ratio = source.scale * layer.qparams.scale / target.scale
@@ -65,7 +65,7 @@ class IntegerConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Float32 `[N, C_in, H, W]` on the input's grid to float32 `[N, C_out, H', W']` on the output's."""
         codes = torch.round(x / self.input_scale)
-        sums = F.conv2d(codes, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        sums = self.convolve(codes, self.weight)
         sums += self.bias[:, None, None]
         return torch.round(sums * self.ratio).clamp_(self.low, self.high).mul_(self.output_scale)
 
@@ -109,28 +109,12 @@ def fold_float(detector: Detector) -> View:
 
 
 def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    bias = (
-        conv.bias.double() if conv.bias is not None else torch.zeros(conv.out_channels, dtype=torch.float64)
-    )
-    weight = conv.weight.double() * factor[:, None, None, None]
-    return _conv_like(
-        conv, weight.float(), (norm.bias.double() + (bias - norm.running_mean.double()) * factor).float()
-    )
-
-
-def _conv_like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    fused = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
-    fused.weight.copy_(weight)
-    fused.bias.copy_(bias)
+    bias = conv.bias.double() if conv.bias is not None else torch.zeros(conv.out_channels, dtype=torch.float64)
+    fused = copy.deepcopy(conv)
+    fused.weight = nn.Parameter((conv.weight.double() * factor[:, None, None, None]).float())
+    fused.bias = nn.Parameter((norm.bias.double() + (bias - norm.running_mean.double()) * factor).float())
     return fused
 
 
@@ -142,9 +126,7 @@ def simulate(detector: Detector, quantized: QuantizedModel) -> View:
         detector: The architecture; its weights are not used.
         quantized: The integers.
     """
-    view = fold_float(
-        deepcopy(detector)
-    )  # a convolution without batch normalisation is still the detector's own
+    view = fold_float(deepcopy(detector))  # a convolution without batch normalisation is still the detector's own
     core = view.core
     assert isinstance(core, fx.GraphModule)
     for name, layer in quantized.layers.items():

@@ -26,7 +26,9 @@ class _SizedProxy(fx.Proxy):
 
     def __iter__(self) -> Iterator[fx.Proxy]:
         length = _split_length(self.node)
-        return super().__iter__() if length is None else iter([self[index] for index in range(length)])
+        return (
+            super().__iter__() if length is None else iter([operator.getitem(self, index) for index in range(length)])
+        )
 
 
 def _split_length(node: fx.Node) -> int | None:
@@ -36,7 +38,7 @@ def _split_length(node: fx.Node) -> int | None:
     sections = node.args[1]
     if isinstance(sections, list | tuple):
         return len(sections)
-    return int(sections) if name == "chunk" else None
+    return sections if name == "chunk" and isinstance(sections, int) else None
 
 
 class _Tracer(fx.Tracer):
@@ -64,11 +66,21 @@ def trace(core: nn.Module) -> fx.GraphModule:
     except (fx.proxy.TraceError, TypeError) as error:
         raise InputError(f"the architecture cannot be traced: {error}") from error
     traced = fx.GraphModule(core, graph)
+    _drop_identities(traced)
     _name_calls(traced)
     _split_silu(traced)
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """What does nothing in evaluation mode makes no tensor of its own; no exported graph has it."""
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], nn.Identity | nn.Dropout):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
 
 
 def _scope(node: fx.Node) -> str:
@@ -133,7 +145,7 @@ def _two_tensors(node: fx.Node) -> bool:
 
 def _cat_dim(node: fx.Node) -> int:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return int(dim)  # type: ignore[arg-type]
+    return int(dim)
 
 
 def _tensor_args(node: fx.Node) -> tuple[Any, ...]:

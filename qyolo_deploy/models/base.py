@@ -90,9 +90,7 @@ class Detector(nn.Module, ABC):
         return output
 
     @abstractmethod
-    def loss(
-        self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Return the family's detection loss, summed and multiplied by the batch size, and its parts.
 
         Args:
@@ -118,7 +116,5 @@ def parse_activation(text: str) -> nn.Module:
         arguments = json.loads(f"[{match['arguments']}]")
         module: nn.Module = getattr(nn, match["name"])(*arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"The activation {text!r} of the model's config has arguments that do not fit."
-        ) from error
+        raise InputError(f"The activation {text!r} of the model's config has arguments that do not fit.") from error
     return module

@@ -57,7 +57,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         spec, state = _read_safetensors(path, data)
     else:
         spec, state = _read_pickle(path, data)
-    state = {name: _plain(tensor, name, path) for name, tensor in state.items()}
     return Checkpoint(spec, state, hashlib.sha256(data).hexdigest())
 
 
@@ -100,10 +99,12 @@ def _read_safetensors(path: Path, data: bytes) -> tuple[ModelSpec, dict[str, Ten
     except (safetensors.SafetensorError, ValueError) as error:
         raise InputError(f"The checkpoint {path} is truncated or not a safetensors file.") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
-        raise InputError(
-            f"The safetensors file {path} does not say in its metadata that it is a {_KIND} of qyolo."
-        )
-    return ModelSpec.from_json(content.get("spec", {})), state
+        raise InputError(f"The safetensors file {path} does not say in its metadata that it is a {_KIND} of qyolo.")
+    try:
+        spec = ModelSpec.from_json(content.get("spec", {}))
+    except InputError as error:
+        raise InputError(f"The checkpoint {path} cannot be used: {error}", error.hint) from error
+    return spec, {name: _plain(tensor, name, path) for name, tensor in state.items()}
 
 
 def _read_pickle(path: Path, data: bytes) -> tuple[ModelSpec, dict[str, Tensor]]:
@@ -136,14 +137,10 @@ def _modules(model: ModuleStub, path: Path) -> dict[str, ModuleStub]:
         found[prefix] = module
         children = module.state.get("_modules", {})
         if len(found) > _MAX_MODULES or not isinstance(children, dict):
-            raise InputError(
-                f"The checkpoint {path} is not laid out like a model ({module.path} at '{prefix}')."
-            )
+            raise InputError(f"The checkpoint {path} is not laid out like a model (at '{prefix[:60]}').")
         for name, child in reversed(children.items()):
             if child is not None and not isinstance(child, ModuleStub):
-                raise InputError(
-                    f"The checkpoint {path} has at '{prefix}{name}' something that is not a module."
-                )
+                raise InputError(f"The checkpoint {path} has at '{prefix}{name}' something that is not a module.")
             if child is not None:
                 pending.append((f"{prefix}{name}.", child))
     return found
@@ -152,21 +149,18 @@ def _modules(model: ModuleStub, path: Path) -> dict[str, ModuleStub]:
 def _state(modules: Mapping[str, ModuleStub], path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for prefix, module in modules.items():
-        transient = module.state.get("_non_persistent_buffers_set", ())
+        transient = module.state.get("_non_persistent_buffers_set")
+        skipped = transient if isinstance(transient, set) else set()
         for group in ("_parameters", "_buffers"):
             tensors = module.state.get(group, {})
             if not isinstance(tensors, dict):
-                raise InputError(
-                    f"The checkpoint {path} is not laid out like a model ({group} at '{prefix}')."
-                )
+                raise InputError(f"The checkpoint {path} is not laid out like a model ({group} at '{prefix}').")
             for name, tensor in tensors.items():
-                if tensor is None or name in transient:
+                if tensor is None or name in skipped:
                     continue
                 if not isinstance(tensor, Tensor):
-                    raise InputError(
-                        f"The checkpoint {path} has at '{prefix}{name}' something that is not a tensor."
-                    )
-                state[f"{prefix}{name}"] = tensor
+                    raise InputError(f"The checkpoint {path} has at '{prefix}{name}' something that is not a tensor.")
+                state[f"{prefix}{name}"] = _plain(tensor, f"{prefix}{name}", path)
     return state
 
 
@@ -187,6 +181,7 @@ def _spec(family: str, model: ModuleStub, modules: Mapping[str, ModuleStub], pat
     config, stride = model.state.get("yaml"), model.state.get("stride")
     if not isinstance(config, dict) or not isinstance(stride, Tensor) or not 0 < stride.numel() < 10:
         raise InputError(f"The checkpoint {path} does not carry its model's yaml and strides.")
+    strides = _plain(stride, "stride", path).flatten().tolist()
     config = {key: value for key, value in config.items() if key != "yaml_file"}
     activation = _activation(modules, path)
     if activation is not None:
@@ -198,7 +193,7 @@ def _spec(family: str, model: ModuleStub, modules: Mapping[str, ModuleStub], pat
     names = _names(model.state.get("names"), path)
     if config.get("nc") != len(names):
         raise InputError(f"The checkpoint {path} has nc={config.get('nc')} but {len(names)} class names.")
-    return ModelSpec(family, config, names, tuple(int(value) for value in stride.flatten().tolist()))
+    return ModelSpec(family, config, names, tuple(int(stride) for stride in strides))
 
 
 def _names(names: Any, path: Path) -> tuple[str, ...]:
@@ -225,17 +220,13 @@ def _activation(modules: Mapping[str, ModuleStub], path: Path) -> str | None:
     return None if kind == "nn.SiLU()" else kind
 
 
-def _take_anchors(
-    spec: ModelSpec, state: dict[str, Tensor], path: Path
-) -> tuple[ModelSpec, dict[str, Tensor]]:
+def _take_anchors(spec: ModelSpec, state: dict[str, Tensor], path: Path) -> tuple[ModelSpec, dict[str, Tensor]]:
     """Move the anchors, which training may have changed, from the state into the config, in pixels."""
     found = [name for name in state if name.endswith(".anchors")]
     if len(found) != 1 or state[found[0]].dim() != 3 or len(state[found[0]]) != len(spec.strides):
-        raise InputError(
-            f"The checkpoint {path} has no anchors for each of its {len(spec.strides)} head levels."
-        )
+        raise InputError(f"The checkpoint {path} has no anchors for each of its {len(spec.strides)} head levels.")
     # The head keeps them in cells of its level.
-    pixels = state[found[0]].detach().double() * torch.tensor(spec.strides).reshape(-1, 1, 1)
+    pixels = state[found[0]].double() * torch.tensor(spec.strides).reshape(-1, 1, 1)
     config = {**spec.config, "anchors": pixels.flatten(1).tolist()}
     rest = {name: tensor for name, tensor in state.items() if not name.endswith((".anchors", ".anchor_grid"))}
     return ModelSpec(spec.family, config, spec.names, spec.strides), rest

@@ -54,9 +54,7 @@ class DflDecode(nn.Module):
 
     def __init__(self, bins: int, strides: Sequence[int]) -> None:
         super().__init__()
-        self.register_buffer(
-            "bins", torch.arange(bins, dtype=torch.float32).reshape(1, 1, bins, 1), persistent=False
-        )
+        self.register_buffer("bins", torch.arange(bins, dtype=torch.float32).reshape(1, 1, bins, 1), persistent=False)
         self.strides = tuple(strides)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:

@@ -20,9 +20,7 @@ BUILDERS: Mapping[str, Callable[[ModelSpec], Detector]] = {
 }
 
 
-def load_detector(
-    weights: Path | None, architecture: str | None, names: Sequence[str] | None, seed: int
-) -> Detector:
+def load_detector(weights: Path | None, architecture: str | None, names: Sequence[str] | None, seed: int) -> Detector:
     """Build a detector from a checkpoint, an architecture, or an architecture with a checkpoint's weights.
 
     Args:
@@ -40,21 +38,28 @@ def load_detector(
     """
     if weights is None and architecture is None:
         raise InputError("A model needs 'weights', an 'architecture', or both.")
-    checkpoint = read_checkpoint(weights) if weights is not None else None
-    if names is None and checkpoint is not None:
-        names = checkpoint.spec.names
-    if architecture is not None:
-        spec = _architecture_spec(architecture, names)
-    else:
-        assert checkpoint is not None and names is not None
-        spec = with_names(checkpoint.spec, names)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        detector = build_detector(spec)
-    if checkpoint is not None:
-        same = checkpoint.spec.config == spec.config
-        detector.not_taken = load_state(detector, checkpoint.state, new_head=not same)
+        if weights is None:
+            assert architecture is not None
+            return _build_seeded(_architecture_spec(architecture, names), seed)
+        checkpoint = read_checkpoint(weights)
+        names = checkpoint.spec.names if names is None else names
+        try:
+            if architecture is None:
+                spec = with_names(checkpoint.spec, names)
+            else:
+                spec = _architecture_spec(architecture, names)
+            detector = _build_seeded(spec, seed)
+            same = checkpoint.spec.config == spec.config
+            detector.not_taken = load_state(detector, checkpoint.state, new_head=not same)
+        except InputError as error:
+            raise InputError(f"The checkpoint {weights} cannot be used: {error}", error.hint) from error
     return detector
+
+
+def _build_seeded(spec: ModelSpec, seed: int) -> Detector:
+    torch.manual_seed(seed)
+    return build_detector(spec)
 
 
 def build_detector(spec: ModelSpec) -> Detector:
@@ -64,9 +69,7 @@ def build_detector(spec: ModelSpec) -> Detector:
         InputError: The family is unknown or its builder refuses the config.
     """
     if spec.family == "yolov7":
-        raise InputError(
-            "YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics."
-        )
+        raise InputError("YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics.")
     builder = BUILDERS.get(spec.family)
     if builder is None:
         raise InputError(f"The model family '{spec.family}' is not one of {', '.join(BUILDERS)}.")
@@ -114,16 +117,12 @@ def load_state(detector: Detector, state: Mapping[str, Tensor], new_head: bool =
 
 def with_names(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:
     """Return the same architecture for other classes."""
-    return ModelSpec(
-        spec.family, {**copy.deepcopy(spec.config), "nc": len(names)}, tuple(names), spec.strides
-    )
+    return ModelSpec(spec.family, {**copy.deepcopy(spec.config), "nc": len(names)}, tuple(names), spec.strides)
 
 
 def _architecture_spec(architecture: str, names: Sequence[str] | None) -> ModelSpec:
     if architecture.startswith("yolov7"):
-        raise InputError(
-            "YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics."
-        )
+        raise InputError("YOLOv7 is not supported yet.", hint="Use YOLOv5 or a detection model of ultralytics.")
     config = read_config(architecture)
     if "anchors" in config:
         return spec_from_yolov5_config(config, names)

@@ -45,10 +45,7 @@ VALUES = frozenset(
     + ["numpy.dtype", "numpy.ndarray"]
     + [f"pathlib{local}.{name}" for local in ("", "._local") for name in ("PosixPath", "WindowsPath")]
     + ["ultralytics.utils.IterableSimpleNamespace", "ultralytics.yolo.utils.IterableSimpleNamespace"]
-    + [
-        f"ultralytics.utils.loss.{name}"
-        for name in ("v8DetectionLoss", "E2ELoss", "E2EDetectLoss", "v10DetectLoss")
-    ]
+    + [f"ultralytics.utils.loss.{name}" for name in ("v8DetectionLoss", "E2ELoss", "E2EDetectLoss", "v10DetectLoss")]
     + [f"ultralytics.utils.loss.{name}" for name in ("BboxLoss", "DFLoss")]
     + ["ultralytics.utils.tal.TaskAlignedAssigner"]
 )
@@ -124,16 +121,13 @@ def load_stubs(data: bytes, label: str) -> Any:
         needed = _globals(data, label)
         _check_globals(needed, label)
         stubs: list[Any] = [
-            (type("Stub", (ModuleStub if name in MODULES else ValueStub,), {"path": name}), name)
-            for name in needed
+            (type("Stub", (ModuleStub if name in MODULES else ValueStub,), {"path": name}), name) for name in needed
         ]
         try:
             with torch.serialization.safe_globals(stubs):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except _SurprisingCallError as error:
-            raise InputError(
-                f"The checkpoint {label} is refused: {error}, which no checkpoint does."
-            ) from error
+            raise InputError(f"The checkpoint {label} is refused: {error}, which no checkpoint does.") from error
         except _MALFORMED as error:
             raise _damaged(label, error) from error
 
@@ -184,9 +178,7 @@ def _globals(data: bytes, label: str) -> list[str]:
 def _check_globals(needed: list[str], label: str) -> None:
     """Refuse names that are not on the list, first those that no architecture explains."""
     unknown = [name for name in needed if name not in MODULES and name not in VALUES]
-    layers = [
-        name for name in unknown if name.startswith(("models.", "torch.nn.modules.", "ultralytics.nn."))
-    ]
+    layers = [name for name in unknown if name.startswith(("models.", "torch.nn.modules.", "ultralytics.nn."))]
     layers.sort(key=lambda name: not name.endswith("Model"))
     # Checkpoints of other tasks pickle bound methods through getattr: name the task and not getattr.
     foreign = [name for name in unknown if name not in layers and not (layers and name == "builtins.getattr")]

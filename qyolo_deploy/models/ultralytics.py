@@ -89,9 +89,7 @@ class UltralyticsDetector(Detector):
         self.decode = DflDecode(head.reg_max, spec.strides)
         self._one_to_one = self.core._one_to_one
 
-    def loss(
-        self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Return ultralytics' detection loss: CIoU, distribution focal loss and binary cross-entropy.
 
         Its gains are ultralytics' defaults. The core may meanwhile be a quantized graph, since nothing
@@ -159,8 +157,11 @@ def _build_layers(config: Mapping[str, Any], classes: int) -> tuple[nn.Sequentia
         raise InputError(f"The model's config has nc={config['nc']} but {classes} class names.")
     import_ultralytics()
     tasks: Any = importlib.import_module("ultralytics.nn.tasks")
+    activation = tasks.Conv.default_act
     try:
         model = tasks.DetectionModel(copy.deepcopy(dict(config)), ch=3, verbose=False)
     except _UNBUILDABLE as error:
+        # ultralytics sets a config's activation for the whole process and resets it on success alone.
+        tasks.Conv.default_act = activation
         raise InputError(f"ultralytics cannot build the model's config ({error}).") from error
     return model.model, tuple(int(stride) for stride in model.stride.tolist())

@@ -51,9 +51,7 @@ def _rows(config: Mapping[str, Any], key: str) -> list[list[Any]]:
         raise InputError(f"The key '{key}' of the model's config must be a list of layers.")
     for row in rows:
         if not isinstance(row, list) or len(row) != 4 or not isinstance(row[2], str):
-            raise InputError(
-                f"A row of '{key}' in the model's config is not [from, repeats, name, arguments]."
-            )
+            raise InputError(f"A row of '{key}' in the model's config is not [from, repeats, name, arguments].")
     return rows
 
 

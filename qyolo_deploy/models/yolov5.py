@@ -56,9 +56,7 @@ class Yolov5Detector(Detector):
         self.decode = AnchorDecode(anchors, spec.strides)
         _initialise_head(head, spec)
 
-    def loss(
-        self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Refuse: this family has no label loss yet.
 
         Raises:
@@ -97,9 +95,7 @@ def spec_from_yolov5_config(config: Mapping[str, Any], names: Sequence[str] | No
     except (RuntimeError, TypeError) as error:
         raise InputError("The layers of the model's config do not fit together.") from error
     names = names or [str(i) for i in range(config["nc"])]
-    return ModelSpec(
-        "yolov5", dict(config), tuple(names), tuple(_STRIDE_PROBE // raw.shape[-1] for raw in maps)
-    )
+    return ModelSpec("yolov5", dict(config), tuple(names), tuple(_STRIDE_PROBE // raw.shape[-1] for raw in maps))
 
 
 def _initialise_head(head: DetectConvs, spec: ModelSpec) -> None:

@@ -90,9 +90,7 @@ class C3(nn.Module):
 class SPPF(nn.Module):
     """Spatial pyramid pooling as three pools in a row: the sizes 5, 9 and 13 at the cost of 5."""
 
-    def __init__(
-        self, c_in: int, c_out: int, kernel: int = 5, *, activation: str = DEFAULT_ACTIVATION
-    ) -> None:
+    def __init__(self, c_in: int, c_out: int, kernel: int = 5, *, activation: str = DEFAULT_ACTIVATION) -> None:
         super().__init__()
         hidden = c_in // 2
         self.cv1 = Conv(c_in, hidden, activation=activation)
@@ -175,13 +173,9 @@ def anchors_in_pixels(config: Mapping[str, Any]) -> list[list[float]]:
         InputError: They are not as many positive pairs on each level.
     """
     anchors = config.get("anchors")
-    lengths = (
-        {len(row) if isinstance(row, list) else 0 for row in anchors} if isinstance(anchors, list) else set()
-    )
+    lengths = {len(row) if isinstance(row, list) else 0 for row in anchors} if isinstance(anchors, list) else set()
     if len(lengths) != 1 or (length := lengths.pop()) < 2 or length % 2:
-        raise InputError(
-            "The key 'anchors' of the model's config must list as many width, height pairs a level."
-        )
+        raise InputError("The key 'anchors' of the model's config must list as many width, height pairs a level.")
     assert isinstance(anchors, list)
     if not all(isinstance(value, int | float) and value > 0 for row in anchors for value in row):
         raise InputError("The anchors of the model's config must be positive numbers of pixels.")

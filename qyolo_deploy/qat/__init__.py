@@ -1,0 +1,1 @@
+"""Training of float and of fake-quantized detectors (build side)."""

@@ -1,0 +1,1 @@
+"""Quantization correction (build side)."""

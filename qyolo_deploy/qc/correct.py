@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from qyolo_deploy.data.dataset import DetectionDataset
 from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.models.base import Detector
@@ -40,10 +42,12 @@ def correct(
     """
     section = recipe.correct
     model.requires_grad_(False)
-    parameters = []
+    parameters: list[nn.Parameter] = []
     for conv in model.convs().values():
         if conv.quantizer is not None:
-            parameters += [conv.log_gain.requires_grad_(True), conv.shift.requires_grad_(True)]
+            parameters += [conv.log_gain, conv.shift]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
     loader = Loader(
         dataset,
         imgsz=recipe.model.imgsz,

@@ -1,0 +1,1 @@
+"""What a quantized tensor is: grids, scales, integers; no torch."""

@@ -39,9 +39,7 @@ class QuantizedLayer:
     def __post_init__(self) -> None:
         channels = len(self.weight)
         if self.weight.dtype != np.int8 or self.weight.ndim != 4:
-            raise InputError(
-                f"weight is {self.weight.dtype} {self.weight.shape}, expected int8 of 4 dimensions"
-            )
+            raise InputError(f"weight is {self.weight.dtype} {self.weight.shape}, expected int8 of 4 dimensions")
         if self.qparams.scale.shape != (channels,) or self.bias.shape != (channels,):
             raise InputError(
                 f"{channels} output channels with {self.qparams.scale.shape} scales and {self.bias.shape} biases"
@@ -151,14 +149,8 @@ def _from_parts(header: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> Qua
         name: QParams(QuantSpec(**spec), tensors.pop(f"scale/{name}"), tensors.pop(f"zero_point/{name}"))
         for name, spec in header["activations"].items()
     }
-    floats = {
-        name.removeprefix("float/"): tensors.pop(name)
-        for name in sorted(tensors)
-        if name.startswith("float/")
-    }
-    return QuantizedModel(
-        header["architecture"], layers, activations, floats, header["scheme"], header["lineage"]
-    )
+    floats = {name.removeprefix("float/"): tensors.pop(name) for name in sorted(tensors) if name.startswith("float/")}
+    return QuantizedModel(header["architecture"], layers, activations, floats, header["scheme"], header["lineage"])
 
 
 def quantize_bias(bias: NDArray[np.float64], scale: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -1,6 +1,7 @@
 """Scales, zero points and the numpy reference arithmetic that every other implementation is compared with."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +48,7 @@ class QParams:
         points = np.broadcast_to(np.asarray(zero_point, np.int32), scales.shape).copy()
         return cls(spec, scales, points)
 
-    def _along_axis(self, values: NDArray[np.generic], ndim: int) -> NDArray[np.generic]:
+    def _along_axis(self, values: NDArray[Any], ndim: int) -> NDArray[Any]:
         if self.spec.axis is None:
             return values
         shape = [1] * ndim
@@ -59,7 +60,7 @@ class QParams:
         scale = self._along_axis(self.scale, real.ndim)
         zero_point = self._along_axis(self.zero_point, real.ndim).astype(np.float64)
         rounded = np.rint(np.asarray(real, np.float32) / scale).astype(np.float64) + zero_point
-        return np.clip(rounded, self.spec.qmin, self.spec.qmax).astype(np.int32)
+        return np.asarray(np.clip(rounded, self.spec.qmin, self.spec.qmax), np.int32)
 
     def dequantize(self, integers: NDArray[np.integer]) -> NDArray[np.float32]:
         """`(q - z) * s` in float32, as ONNX DequantizeLinear computes it."""

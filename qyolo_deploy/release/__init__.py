@@ -1,0 +1,1 @@
+"""Manifests, release folders, their verification, and reports."""

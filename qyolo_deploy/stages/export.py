@@ -61,9 +61,7 @@ def _onnxruntime(
     return _save(qdq, _onnx_path(context, quantized.scheme))
 
 
-def _openvino(
-    context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]
-) -> Path:
+def _openvino(context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]) -> Path:
     """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded."""
     inner = frozenset(context.artifacts["train"].info["inner"])
     qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage)

@@ -45,9 +45,7 @@ def run(context: StageContext) -> StageOutput:
     files = _files(context)
     folder = write_release(context.folder / "release", files, _info(context, gates))
     verified = verify_release(folder)
-    return StageOutput(
-        "release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes}
-    )
+    return StageOutput("release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes})
 
 
 def _files(context: StageContext) -> dict[str, Path]:
@@ -69,8 +67,7 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
         created_with=CreatedWith(qyolo_deploy=__version__, environment=environment_fingerprint(PACKAGES)),
         recipe=RecipeRef(path=_RECIPE, sha256=sha256_file(context.folder / _RECIPE)),
         lineage=tuple(
-            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs)
-            for stage, artifact in artifacts.items()
+            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs) for stage, artifact in artifacts.items()
         ),
         model=ModelCard(
             family=model["spec"]["family"],
@@ -89,9 +86,7 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
             multi_label=True,
         ),
         engines=tuple(
-            _engine(context, view)
-            for view in artifacts["validate"].info["views"]
-            if "engine" in view["digests"]
+            _engine(context, view) for view in artifacts["validate"].info["views"] if "engine" in view["digests"]
         ),
         gates=tuple(GateEntry(**gate) for gate in gates),
         licenses={"model": recipe.release.license, "qyolo_deploy": "AGPL-3.0-or-later"},

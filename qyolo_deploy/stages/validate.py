@@ -61,8 +61,7 @@ def run(context: StageContext) -> StageOutput:
     recipe = context.recipe
     dataset = load_dataset(context.dataset, "val")
     engines = {
-        view: open_engine(context.folder / path)
-        for view, path in context.artifacts["export"].info["engines"].items()
+        view: open_engine(context.folder / path) for view, path in context.artifacts["export"].info["engines"].items()
     }
     settings = settings_for(
         engines["float"],
@@ -122,9 +121,7 @@ def _latencies(
     return {view: latency.to_json() for view, latency in paired.latencies.items()}
 
 
-def _compose(
-    context: StageContext, reports: dict[str, EvalReport], results: list[GateResult]
-) -> dict[str, Any]:
+def _compose(context: StageContext, reports: dict[str, EvalReport], results: list[GateResult]) -> dict[str, Any]:
     recipe, train = context.recipe, context.artifacts["train"].info
     return {
         "name": recipe.name,
@@ -165,9 +162,7 @@ def _notes(context: StageContext) -> list[str]:
         )
     if context.recipe.quantization.weights.bits < 8:
         bits = context.recipe.quantization.weights.bits
-        notes.append(
-            f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed."
-        )
+        notes.append(f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed.")
     return notes
 
 
@@ -186,16 +181,12 @@ def _samples(runner: Runner, dataset: DetectionDataset, settings: EvalSettings) 
 def _sample(runner: Runner, dataset: DetectionDataset, settings: EvalSettings, path: Path) -> dict[str, str]:
     image = read_image(path)
     padded, geometry = letterbox(image, settings.imgsz, settings.stride, settings.rect)
-    found = decode(
-        runner(to_tensor(padded))[0], _SAMPLE_CONF, settings.iou, settings.max_det, multi_label=False
-    )
+    found = decode(runner(to_tensor(padded))[0], _SAMPLE_CONF, settings.iou, settings.max_det, multi_label=False)
     canvas = np.ascontiguousarray(image[:, :, ::-1])
     for box, score, label in zip(geometry.to_original(found.boxes), found.scores, found.classes, strict=True):
         left, top, right, bottom = (int(side) for side in box)
         cv2.rectangle(canvas, (left, top), (right, bottom), (64, 220, 64), 1)
         text = f"{dataset.class_names[label]} {score:.2f}"
-        cv2.putText(
-            canvas, text, (left + 1, max(top - 3, 8)), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (64, 220, 64), 1
-        )
+        cv2.putText(canvas, text, (left + 1, max(top - 3, 8)), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (64, 220, 64), 1)
     _, encoded = cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, 85])
     return {"title": path.name, "jpeg_base64": base64.b64encode(encoded.tobytes()).decode()}

@@ -18,9 +18,7 @@ from qyolo_deploy.recipe import AugmentSection, TrainingSection
 Batch = Mapping[str, Tensor]
 
 
-def training_images(
-    dataset: DetectionDataset, imgsz: int, augment: AugmentSection | None
-) -> Dataset[dict[str, Any]]:
+def training_images(dataset: DetectionDataset, imgsz: int, augment: AugmentSection | None) -> Dataset[dict[str, Any]]:
     """The dataset behind ultralytics' augmentation pipeline.
 
     Labels come from `dataset`, so nothing is scanned and no cache is written beside the images.
@@ -34,7 +32,7 @@ def training_images(
     from ultralytics.cfg import get_cfg
     from ultralytics.data.dataset import YOLODataset
 
-    class Images(YOLODataset):  # type: ignore[misc]
+    class Images(YOLODataset):
         """Takes files and labels from the loaded dataset instead of looking for them."""
 
         def get_img_files(self, img_path: str | list[str]) -> list[str]:
@@ -152,15 +150,11 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def calibration_batches(
-    dataset: DetectionDataset, images: int, imgsz: int, batch: int, seed: int
-) -> Iterable[Tensor]:
+def calibration_batches(dataset: DetectionDataset, images: int, imgsz: int, batch: int, seed: int) -> Iterable[Tensor]:
     """Square letterboxed images of the training split, float32 `[N, 3, imgsz, imgsz]`, chosen by seed."""
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:images]
     for start in range(0, len(chosen), batch):
         group = [dataset.images[index] for index in chosen[start : start + batch]]
         yield torch.from_numpy(
-            np.concatenate(
-                [to_tensor(letterbox(read_image(image.path), imgsz, rect=False)[0]) for image in group]
-            )
+            np.concatenate([to_tensor(letterbox(read_image(image.path), imgsz, rect=False)[0]) for image in group])
         )

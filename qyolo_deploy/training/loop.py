@@ -66,20 +66,13 @@ class Trained:
 class _Run:
     """The moving parts of one run, saved and restored together."""
 
-    def __init__(
-        self, model: nn.Module, groups: Sequence[ParameterGroup], schedule: Schedule, steps: int
-    ) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[ParameterGroup], schedule: Schedule, steps: int) -> None:
         self.model = model
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay}
-                for group in groups
-            ]
+            [{"params": group.parameters, "lr": group.lr, "weight_decay": group.weight_decay} for group in groups]
         )
         self.rates = [group.lr for group in groups]
-        self.ema = Ema(
-            model, schedule.ema_decay, min(_EMA_WARMUP_STEPS, max(1.0, schedule.epochs * steps / 5))
-        )
+        self.ema = Ema(model, schedule.ema_decay, min(_EMA_WARMUP_STEPS, max(1.0, schedule.epochs * steps / 5)))
         self.history: list[dict[str, Any]] = []
 
     def save(self, path: Path, key: str) -> None:

@@ -75,8 +75,7 @@ def coco_map(
     truth = _ground_truth(dataset_ground_truth)
     images, categories = set(image_ids), set(category_ids)
     if not any(
-        a["image_id"] in images and a["category_id"] in categories and not a["iscrowd"]
-        for a in truth["annotations"]
+        a["image_id"] in images and a["category_id"] in categories and not a["iscrowd"] for a in truth["annotations"]
     ):
         raise InputError(
             f"The ground truth has no object of the {len(categories)} categories on the {len(images)} images,"
@@ -108,10 +107,7 @@ def _ground_truth(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
 
 def _detections(results: Sequence[CocoResult]) -> list[dict[str, Any]]:
     """Complete results to annotations, as the evaluators' `loadRes` does, which fails on an empty list."""
-    return [
-        {**r, "id": i, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0}
-        for i, r in enumerate(results, start=1)
-    ]
+    return [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for i, r in enumerate(results, start=1)]
 
 
 @contextlib.contextmanager

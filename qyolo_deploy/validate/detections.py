@@ -132,9 +132,7 @@ def _best_first(scores: Float32, limit: int) -> Int64:
     return among[np.argsort(-scores[among], kind="stable")[:limit]]
 
 
-def _overlaps(
-    boxes: Float64, classes: Int64, rows: Int64, columns: Int64, iou: float
-) -> npt.NDArray[np.bool_]:
+def _overlaps(boxes: Float64, classes: Int64, rows: Int64, columns: Int64, iou: float) -> npt.NDArray[np.bool_]:
     """Return bool `[rows, columns]`: the same class and an IoU above the threshold."""
     result: npt.NDArray[np.bool_] = classes[rows][:, None] == classes[columns]
     # Most pairs differ in class, so IoU is worth computing for the others only.

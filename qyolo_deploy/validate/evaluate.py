@@ -129,9 +129,7 @@ def _read_ahead(records: Sequence[ImageRecord], settings: EvalSettings) -> Gener
 
 
 def _prepare(record: ImageRecord, settings: EvalSettings) -> _Prepared:
-    padded, geometry = letterbox(
-        read_image(record.path), settings.imgsz, stride=settings.stride, rect=settings.rect
-    )
+    padded, geometry = letterbox(read_image(record.path), settings.imgsz, stride=settings.stride, rect=settings.rect)
     return _Prepared(record, geometry, to_tensor(padded))
 
 

@@ -63,9 +63,7 @@ def _check(gate: Gate, reports: Mapping[str, Mapping[str, Any]]) -> GateResult:
         reason = f"{gate.relative_to} {gate.metric} is 0, so there is no ratio to it"
         return GateResult(gate, observed, reference, None, False, reason)
     value, sign = (observed / reference, "/") if gate.mode == "ratio" else (observed - reference, "-")
-    terms = (
-        f"{gate.view} {gate.metric} {observed:.6g} {sign} {gate.relative_to} {reference:.6g} = {value:.6g}"
-    )
+    terms = f"{gate.view} {gate.metric} {observed:.6g} {sign} {gate.relative_to} {reference:.6g} = {value:.6g}"
     return _compare(gate, observed, reference, value, terms)
 
 

@@ -201,9 +201,7 @@ def test_a_huge_manifest_is_not_read(release):
 
 def test_a_newer_schema_is_named_with_the_way_out(release):
     rewrite_manifest(release, lambda body: body.update(schema_version=2, something_new={"a": 1}))
-    with pytest.raises(
-        IntegrityError, match="schema_version 2, but this qyolo_deploy reads at most 1"
-    ) as caught:
+    with pytest.raises(IntegrityError, match="schema_version 2, but this qyolo_deploy reads at most 1") as caught:
         verify_release(release)
     assert "newer" in str(caught.value.hint)
 

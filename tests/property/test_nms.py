@@ -34,9 +34,7 @@ def exact_iou(a, b):
 
 
 def as_list(found):
-    return list(
-        zip(map(tuple, found.boxes.tolist()), found.scores.tolist(), found.classes.tolist(), strict=True)
-    )
+    return list(zip(map(tuple, found.boxes.tolist()), found.scores.tolist(), found.classes.tolist(), strict=True))
 
 
 def random_output(rng, classes, anchors, extent, levels):
@@ -60,9 +58,7 @@ def random_output(rng, classes, anchors, extent, levels):
     max_det=st.sampled_from([1, 5, 300]),
     multi_label=st.booleans(),
 )
-def test_decode_equals_plain_suppression(
-    seed, classes, anchors, extent, levels, conf, iou, max_det, multi_label
-):
+def test_decode_equals_plain_suppression(seed, classes, anchors, extent, levels, conf, iou, max_det, multi_label):
     output = random_output(np.random.default_rng(seed), classes, anchors, extent, levels)
     found = decode(output, conf, iou, max_det, multi_label=multi_label)
     assert as_list(found) == plain_detections(output, conf, iou, max_det, multi_label)

@@ -27,14 +27,8 @@ from qyolo_deploy.artifact import (
 from qyolo_deploy.errors import InputError, IntegrityError
 
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text("aé☃"),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("abé", max_size=3), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("aé☃"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abé", max_size=3), inner, max_size=3),
     max_leaves=8,
 )
 
@@ -213,10 +207,7 @@ def test_artifact_digest_depends_on_content_alone(tmp_path):
     again = Artifact.of_files(tmp_path, ["b.bin", "sub/a.bin"], kind="x", stage="y", key="z")
     assert again.digest == artifact.digest
     (tmp_path / "b.bin").write_bytes(b"bc")
-    assert (
-        Artifact.of_files(tmp_path, ["b.bin", "sub/a.bin"], kind="x", stage="y", key="z").digest
-        != artifact.digest
-    )
+    assert Artifact.of_files(tmp_path, ["b.bin", "sub/a.bin"], kind="x", stage="y", key="z").digest != artifact.digest
 
 
 @pytest.mark.parametrize(

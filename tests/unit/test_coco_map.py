@@ -127,9 +127,7 @@ def test_no_detections_give_zero(evaluator):
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)
 def test_detection_on_a_crowd_is_no_false_positive(evaluator):
-    truth = truth_of(
-        annotation(1, 1, 3, [10, 10, 50, 50]), annotation(2, 1, 3, [200, 200, 200, 200], crowd=1)
-    )
+    truth = truth_of(annotation(1, 1, 3, [10, 10, 50, 50]), annotation(2, 1, 3, [200, 200, 200, 200], crowd=1))
     results = [result(1, 3, [10, 10, 50, 50], 0.5), result(1, 3, [210, 210, 60, 60], 0.9)]
     assert coco_map(truth, (3,), results, (1, 2), evaluator).map50_95 == pytest.approx(1)
 

@@ -208,9 +208,7 @@ def test_the_root_may_be_elsewhere(root, tmp_path, monkeypatch):
 
 def test_polygons_count_by_their_extents_and_repeated_lines_once(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_text(
-        "1 0.1 0.2 0.5 0.2 0.3 0.9\n0 0.5 0.5 0.2 0.4\n0 0.5 0.5  0.2 0.4\n\n1 0.95 0.5 0.2 0.2\n"
-    )
+    file.write_text("1 0.1 0.2 0.5 0.2 0.3 0.9\n0 0.5 0.5 0.2 0.4\n0 0.5 0.5  0.2 0.4\n\n1 0.95 0.5 0.2 0.2\n")
     classes, boxes = read_label_file(file, 2)
     assert classes.tolist() == [1, 0, 1]
     np.testing.assert_allclose(boxes, [[0.1, 0.2, 0.5, 0.9], [0.4, 0.3, 0.6, 0.7], [0.85, 0.4, 1, 0.6]])
@@ -231,9 +229,7 @@ def test_the_digest_follows_contents_and_not_places(root, tmp_path):
     image.write_bytes(image.read_bytes() + b"\0")
     changed = digest_dataset(load_dataset(moved, "val"))
     assert changed != digest
-    edit_json(
-        moved / "annotations" / "instances_val.json", lambda content: content["annotations"][0].update(area=1)
-    )
+    edit_json(moved / "annotations" / "instances_val.json", lambda content: content["annotations"][0].update(area=1))
     assert digest_dataset(load_dataset(moved, "val")) not in (digest, changed)
 
 

@@ -29,9 +29,7 @@ def test_score_at_the_threshold_does_not_count():
 
 
 def test_overlap_suppresses_within_a_class_only():
-    output = output_of(
-        (50, 50, 20, 20, 0.9, 0), (51, 50, 20, 20, 0.8, 0), (50, 51, 20, 20, 0, 0.7), classes=2
-    )
+    output = output_of((50, 50, 20, 20, 0.9, 0), (51, 50, 20, 20, 0.8, 0), (50, 51, 20, 20, 0, 0.7), classes=2)
     found = decode(output, 0.1, 0.6, 300)
     assert found.classes.tolist() == [0, 1]
     np.testing.assert_array_equal(found.scores, np.float32([0.9, 0.7]))

@@ -23,22 +23,15 @@ def make_dataset(folder, names=("red", "blue"), scenes=SCENES, category_ids=(1, 
     records, annotations = [], []
     for number, (size, *rectangles) in scenes.items():
         image = np.full((size[1], size[0], 3), 114, np.uint8)
-        for (x, y, w, h), bgr, category in zip(
-            rectangles, ((0, 0, 255), (255, 0, 0)), category_ids, strict=True
-        ):
+        for (x, y, w, h), bgr, category in zip(rectangles, ((0, 0, 255), (255, 0, 0)), category_ids, strict=True):
             image[y : y + h, x : x + w] = bgr
             box = {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
-            annotations.append(
-                {"id": len(annotations) + 1, "image_id": number, "category_id": category, **box}
-            )
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "category_id": category, **box})
         path = folder / f"{number}.png"
         cv2.imwrite(str(path), image)
         records.append(ImageRecord(number, path, *size))
     truth = {
-        "images": [
-            {"id": r.image_id, "file_name": r.path.name, "width": r.width, "height": r.height}
-            for r in records
-        ],
+        "images": [{"id": r.image_id, "file_name": r.path.name, "width": r.width, "height": r.height} for r in records],
         "annotations": annotations,
         "categories": [{"id": i, "name": n} for i, n in zip(category_ids, names, strict=False)],
     }

@@ -63,9 +63,7 @@ def test_difference_is_observed_minus_reference():
 
 
 def test_ratio_is_observed_by_reference():
-    outcome = check(
-        view="int8", metric="latency_ms.p50", op="<", bound=0.75, relative_to="float", mode="ratio"
-    )
+    outcome = check(view="int8", metric="latency_ms.p50", op="<", bound=0.75, relative_to="float", mode="ratio")
     assert outcome.passed
     assert outcome.value == 0.5
     size = check(view="int8", metric="size_bytes", op="<=", bound=0.2, relative_to="float", mode="ratio")

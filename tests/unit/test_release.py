@@ -59,12 +59,8 @@ def make_info(recipe_sha256, **changes):
         "preprocessing": Preprocessing(letterbox="rect"),
         "postprocessing": Postprocessing(conf=0.25, iou=0.6, max_det=300, multi_label=True),
         "engines": (
-            EngineEntry(
-                view="onnxruntime", path=ONNX, format="onnx", scheme="w4a8", metrics={"map50_95": 0.6}
-            ),
-            EngineEntry(
-                view="openvino", path="engines/openvino/tiny_w4a8_openvino_model", format="ir", scheme="w4a8"
-            ),
+            EngineEntry(view="onnxruntime", path=ONNX, format="onnx", scheme="w4a8", metrics={"map50_95": 0.6}),
+            EngineEntry(view="openvino", path="engines/openvino/tiny_w4a8_openvino_model", format="ir", scheme="w4a8"),
         ),
         "gates": (gate,),
         "licenses": {"software": "AGPL-3.0-or-later"},
@@ -78,9 +74,7 @@ def info(sources):
 
 
 def content_of(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_release_holds_copies_and_verifies(tmp_path, sources, info):

@@ -98,9 +98,7 @@ def make_report():
         ],
         "gates": [gate, {**gate, "passed": False, "reason": "it did not hold"}],
         "training": {
-            "epochs": [
-                {"epoch": e, "loss": 3.0 / e, "lr": 0.001, "seconds": 2.5, "map50_95": 0.1} for e in (1, 2, 3)
-            ],
+            "epochs": [{"epoch": e, "loss": 3.0 / e, "lr": 0.001, "seconds": 2.5, "map50_95": 0.1} for e in (1, 2, 3)],
             "images_per_s": 14.25,
         },
         "correction": {"steps": [{"step": s, "loss": 1.0 / (s + 1)} for s in range(50)]},
@@ -186,12 +184,8 @@ def test_sections_without_data_are_left_out(tmp_path):
 
 
 def test_numbers_that_were_not_measured_are_dashes(tmp_path):
-    view = make_view(
-        "float", math.nan, map50=None, map75=None, size_bytes=None, latency_ms=None, per_class=None
-    )
-    page = Page(
-        render(tmp_path, {"name": "x", "views": [view], "training": {"epochs": [{"epoch": 1, "loss": None}]}})
-    )
+    view = make_view("float", math.nan, map50=None, map75=None, size_bytes=None, latency_ms=None, per_class=None)
+    page = Page(render(tmp_path, {"name": "x", "views": [view], "training": {"epochs": [{"epoch": 1, "loss": None}]}}))
     assert page.sections == ["views", "origin"]
     assert "nan" not in page.text.lower()
 

@@ -45,9 +45,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
 def test_no_two_images_are_alike(tmp_path):
     generate(tmp_path / "a", **SMALL)
     generate(tmp_path / "b", **{**SMALL, "seed": 4})
-    images = [
-        d for root in ("a", "b") for name, d in digests(tmp_path / root).items() if name.endswith(".jpg")
-    ]
+    images = [d for root in ("a", "b") for name, d in digests(tmp_path / root).items() if name.endswith(".jpg")]
     assert len(set(images)) == len(images) == 20
 
 

@@ -191,9 +191,7 @@ def test_class_names_must_match_the_config():
 
 def as_official(module: nn.Module, homes: dict[str, types.ModuleType]) -> nn.Module:
     """Give a module tree the class names under which YOLOv5 pickles its own."""
-    name = {"DetectConvs": "Detect", "Yolov5Core": "DetectionModel"}.get(
-        type(module).__name__, type(module).__name__
-    )
+    name = {"DetectConvs": "Detect", "Yolov5Core": "DetectionModel"}.get(type(module).__name__, type(module).__name__)
     if type(module).__module__.startswith("torch."):
         twin = module
     else:
@@ -210,9 +208,7 @@ def save_official(path: Path, model, monkeypatch, **attributes) -> None:
     homes = {name: types.ModuleType(name) for name in ("models", "models.common", "models.yolo")}
     official = as_official(copy.deepcopy(model.core), homes).half()
     cells = torch.tensor(model.spec.config["anchors"]).reshape(3, 3, 2)
-    official.model[-1].register_buffer(
-        "anchors", (cells / torch.tensor([[[8.0]], [[16.0]], [[32.0]]])).half()
-    )
+    official.model[-1].register_buffer("anchors", (cells / torch.tensor([[[8.0]], [[16.0]], [[32.0]]])).half())
     official.yaml, official.yaml_file = model.spec.config, "/home/someone/yolov5n.yaml"
     official.names, official.stride = list(model.spec.names), torch.tensor([8.0, 16.0, 32.0])
     for name, value in attributes.items():
@@ -263,9 +259,7 @@ def test_yolov7_is_recognised_and_refused(tmp_path, monkeypatch):
         load_detector(None, "yolov7-tiny", None, 0)
 
 
-@pytest.mark.skipif(
-    "QYOLO_DATA" not in os.environ, reason="QYOLO_DATA with the official yolov5n.pt is not set"
-)
+@pytest.mark.skipif("QYOLO_DATA" not in os.environ, reason="QYOLO_DATA with the official yolov5n.pt is not set")
 def test_official_weights_find_what_is_annotated():
     root = Path(os.environ["QYOLO_DATA"])
     model = load_detector(root / "weights" / "yolov5n.pt", None, None, 0).eval()
