@@ -32,8 +32,8 @@ def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.M
         opset: 18 loads everywhere; 21 has 4-bit integers.
 
     Returns:
-        A graph with input `images` and output `output0`. The output of each module of the core is a value of the module's
-        name (`model.0.conv`), which is how quantization parameters find their tensors.
+        A graph with input `images` and output `output0`. The output of each module of the core is a value of the
+        module's name (`model.0.conv`), which is how quantization parameters find their tensors.
 
     Raises:
         InputError: If the exporter or simplifier does not keep a tensor of the network.
@@ -114,7 +114,7 @@ def _rename_values(proto: onnx.ModelProto) -> list[str]:
         tensor.name = tensor.name.removeprefix(_CORE)
     for node in proto.graph.node:
         node.input[:] = [name.removeprefix(_CORE) for name in node.input]
-    return [name for name in last]
+    return list(last)
 
 
 def _module_of(metadata: Mapping[str, str]) -> str | None:

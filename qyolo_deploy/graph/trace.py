@@ -145,7 +145,8 @@ def _two_tensors(node: fx.Node) -> bool:
 
 def _cat_dim(node: fx.Node) -> int:
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    return int(dim)
+    assert isinstance(dim, int)
+    return dim
 
 
 def _tensor_args(node: fx.Node) -> tuple[Any, ...]:
