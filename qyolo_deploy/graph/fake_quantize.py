@@ -70,13 +70,16 @@ class _FakeQuantize(torch.autograd.Function):
         zero_point = zero_point_of(scale, offset, qmin, qmax)
         low, high = qmin - zero_point, qmax - zero_point
         ctx.save_for_backward(x, scale, low, high, zero_point)
-        rounded: Tensor = _kernel(_forward)(x, scale, low, high)
+        # Detached: the compiler specialises on whether a tensor is a view and needs gradients, and gives up after
+        # eight kinds.
+        rounded: Tensor = _kernel(_forward)(x.detach(), scale.detach(), low, high)
         return rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, scale, low, high, zero_point = ctx.saved_tensors
-        to_x, to_scale, to_offset = _kernel(_backward)(grad.contiguous(), x, scale, low, high)
+        arguments = (tensor.detach() for tensor in (grad.contiguous(), x, scale, low, high))
+        to_x, to_scale, to_offset = _kernel(_backward)(*arguments)
         # d(s * high)/ds with offset held fixed is qmax = high + z, hence the second term.
         return to_x, to_scale + zero_point * to_offset, to_offset, None, None
 

@@ -46,7 +46,7 @@ class DflDecode(nn.Module):
     """Raw maps to boxes and scores, with the cells in the order (level, y, x).
 
     Each side's distance is the expectation over its bins, `sum_i i * softmax(z)_i` (Generalized Focal
-    Loss, eq. 6), in cells from the cell's centre; with one bin the map is the distance itself.
+    Loss, eq. 5), in cells from the cell's centre; with one bin the map is the distance itself.
     Softmax is written out, because runtimes transpose for a softmax over a middle axis.
     """
 

@@ -164,6 +164,6 @@ def quantize_bias(bias: NDArray[np.float64], scale: NDArray[np.float32]) -> NDAr
         InputError: If a bias does not fit into int32.
     """
     integers = np.rint(bias / scale.astype(np.float64))
-    if np.abs(integers).max(initial=0) > _INT32_LIMIT:
+    if not np.abs(integers).max(initial=0) <= _INT32_LIMIT:  # so that NaN is refused too
         raise InputError("a bias does not fit the int32 accumulator: its channel's scale is too small")
     return integers.astype(np.int32)
