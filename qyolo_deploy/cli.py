@@ -9,11 +9,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qyolo_deploy._version import __version__
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.errors import GateFailedError, InputError, QyoloError
+
+_PIPE_WIDTH = 240
 
 app = typer.Typer(
     name="qyolo",
@@ -97,8 +100,20 @@ def build(
         raise typer.Exit(GateFailedError.exit_code)
 
 
+def _stdout() -> Console:
+    """For tables and results; in a file or a pipe nothing is cut off to fit a screen that is not there."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
 def _print_build(result: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = _stdout()
     if not result["ran"]:
         console.print(f"{result['folder']}: everything is up to date, nothing was done", markup=False)
     if result["views"]:
@@ -112,7 +127,7 @@ def _print_build(result: dict[str, Any]) -> None:
 
 
 def _views_table(views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]] = ()) -> Table:
-    table = Table("view", title=None)
+    table = _table("view")
     for column in ("mAP50-95", "mAP50", "size MB", "p50 ms", "p95 ms", "gates"):
         table.add_column(column, justify="right")
     gates = list(gates)
@@ -147,7 +162,7 @@ def validate(
     with Reporter(quiet).progress(f"validating {engine.name}") as tick:
         report = run_validate(engine, data, imgsz, conf, iou, precision_hint=precision_hint, progress=tick).to_json()
     if not quiet:
-        Console(highlight=False).print(_views_table([report]))
+        _stdout().print(_views_table([report]))
     if as_json:
         print(json.dumps(report))
 
@@ -172,7 +187,7 @@ def verify(
     }
     if not quiet:
         text = f"{facts['name']} {facts['version']}: {facts['files']} files as released, digest {facts['digest']}"
-        Console(highlight=False, soft_wrap=True).print(text, markup=False)
+        _stdout().print(text, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(facts))
 
@@ -185,12 +200,12 @@ def doctor(as_json: Json = False) -> None:
     from qyolo_deploy.doctor import check_runtimes
 
     findings = check_runtimes()
-    table = Table("component", "status", "version", "details", "how to get it", "needed for")
+    table = _table("component", "status", "version", "details", "how to get it", "needed for")
     for found in findings:
         color = "green" if found.status == "ok" else "yellow"
         cells = (found.version, found.details, found.remedy, found.needed_for)
-        table.add_row(found.component, f"[{color}]{found.status}[/]", *(cell.replace("[", r"\[") for cell in cells))
-    Console(highlight=False).print(table)
+        table.add_row(found.component, f"[{color}]{found.status}[/]", *map(escape, cells))
+    _stdout().print(table)
     if as_json:
         print(json.dumps({"findings": [asdict(found) for found in findings]}))
 
@@ -218,15 +233,15 @@ def recipe_list(folder: Annotated[Path, typer.Argument(help="Folder of recipes."
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of recipes")
-    table = Table("recipe", "model", "bits", "targets", "description")
+    table = _table("recipe", "model", "bits", "targets", "description")
     for path in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(path)
         model = recipe.model.weights or str(recipe.model.architecture)
         table.add_row(
-            str(path),
-            model,
+            escape(str(path)),
+            escape(model),
             recipe.quantization.scheme().label,
             ", ".join(recipe.export.targets),
-            recipe.description,
+            escape(recipe.description),
         )
-    Console(highlight=False).print(table)
+    _stdout().print(table)

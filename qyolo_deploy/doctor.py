@@ -10,7 +10,7 @@ from typing import Literal
 
 from qyolo_deploy._version import __version__
 
-Status = Literal["ok", "missing", "too old"]
+Status = Literal["ok", "missing", "too old", "broken"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,12 @@ def _package(entry: _Package) -> Finding:
         return Finding(entry.name, "missing", "", "", remedy, entry.needed_for)
     if _numbers(version) < _numbers(entry.minimum):
         return Finding(entry.name, "too old", version, f"at least {entry.minimum}", remedy, entry.needed_for)
-    return Finding(entry.name, "ok", version, entry.details(), "", entry.needed_for)
+    try:
+        details = entry.details()
+    except (ImportError, OSError, RuntimeError) as error:  # installed, but a library below it is not there or broken
+        reason = " ".join(str(error).split())
+        return Finding(entry.name, "broken", version, reason, f"reinstall: {remedy}", entry.needed_for)
+    return Finding(entry.name, "ok", version, details, "", entry.needed_for)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -109,7 +114,9 @@ def _compiler() -> Finding:
 def _gpu() -> Finding:
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return Finding("NVIDIA GPU", "missing", "", "no nvidia-smi", "", "training on a GPU")
+        return Finding(
+            "NVIDIA GPU", "missing", "", "no nvidia-smi", "install the driver, if there is a GPU", "training on a GPU"
+        )
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -129,6 +136,7 @@ _PACKAGES = (
     _Package("torch", "2.12", "build", "training and export"),
     _Package("ultralytics", "8.4.190", "build", "training and export"),
     _Package("onnx", "1.19", "build", "export"),
+    _Package("onnx-ir", "0.1.12", "build", "export"),
     _Package("onnxscript", "0.5", "build", "export"),
     _Package("onnxsim", "0.4.36", "build", "export"),
     _Package("jinja2", "3.1", "build", "the HTML report"),

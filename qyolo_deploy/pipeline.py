@@ -16,7 +16,8 @@ from qyolo_deploy._version import __version__
 from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, sha256_json, write_atomic
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
-from qyolo_deploy.errors import InputError, IntegrityError
+from qyolo_deploy.data.synthetic import GENERATOR_VERSION
+from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
 from qyolo_deploy.recipe import SYNTHETIC, Recipe, load_recipe
 from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, builtin_weights
 
@@ -166,7 +167,9 @@ class _Plan:
     def inputs(self, stage: Stage, sha256: Callable[[Path], str]) -> dict[str, str]:
         """Digests of the files outside the build that decide a stage."""
         found: dict[str, str] = {}
-        if stage.name == "data" and self.source is not None:
+        if stage.name == "data" and self.source is None:
+            found["scenes"] = sha256_json([GENERATOR_VERSION, self.recipe.model.imgsz])
+        elif stage.name == "data" and self.source is not None:
             for split in ("train", "val"):
                 found[split] = digest_dataset(load_dataset(self.source, split), sha256)
         if stage.name == "float" and self.weights is not None:
@@ -212,6 +215,8 @@ class _Build:
         inputs = self._plan.inputs(stage, self._digests.sha256)
         inputs |= {name: self._artifacts[name].digest for name in stage.needs}
         key = self._key(stage, inputs)
+        if forced:  # else training would be taken up where its checkpoint ends, which is at its end
+            (self._folder / stage.name / "checkpoint.safetensors").unlink(missing_ok=True)
         artifact = None if forced else self._recorded(stage, key)
         if artifact is None:
             artifact = self._execute(stage, key, inputs)
@@ -241,8 +246,7 @@ class _Build:
         self._reporter.note(f"{stage.name} ...")
         start = time.monotonic()
         self._log(stage.name, "start", key=key)
-        run: Callable[[StageContext], StageOutput] = importlib.import_module(f"qyolo_deploy.stages.{stage.module}").run
-        output = run(
+        output = _load(stage)(
             StageContext(
                 recipe=self._plan.recipe,
                 folder=self._folder,
@@ -276,6 +280,17 @@ class _Build:
             file.write(json.dumps(entry) + "\n")
 
 
+def _load(stage: Stage) -> Callable[[StageContext], StageOutput]:
+    try:
+        run: Callable[[StageContext], StageOutput] = importlib.import_module(f"qyolo_deploy.stages.{stage.module}").run
+    except ModuleNotFoundError as error:
+        raise RuntimeMissingError(
+            f"stage {stage.name}: the package '{error.name}' is not installed",
+            hint='pip install "qyolo_deploy[build]"',
+        ) from error
+    return run
+
+
 @contextmanager
 def _folder(folder: Path) -> Iterator[None]:
     """Makes the build's folder; bad input leaves nothing behind unless a model had already been made there."""
@@ -288,7 +303,7 @@ def _folder(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: not writable", hint="--out names another place.")
     try:
         yield
-    except InputError:
+    except (InputError, OSError):
         if folder in made and not (folder / _RECORDS / "float.json").exists():
             shutil.rmtree(folder)
             for parent in made[1:]:
@@ -304,7 +319,7 @@ def _lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"{folder}: another build is running there") from error
-        for leftover in folder.rglob(".*.partial*"):
+        for leftover in [*folder.rglob(".*.partial*"), *folder.rglob(".*.tmp")]:
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:

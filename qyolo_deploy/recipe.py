@@ -15,12 +15,17 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SYNTHETIC = "synthetic"
+_EXPECTED = {
+    "model_type": "expected a mapping of keys",
+    "dict_type": "expected a mapping of keys",
+    "tuple_type": "expected a list",
+}
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and unknown keys are errors."""
+    """Base of all sections: frozen, and unknown keys and infinite numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -252,6 +257,16 @@ class Recipe(Section):
             raise ValueError("validate.rect needs export.dynamic: engines of a fixed size take square images")
         return self
 
+    @model_validator(mode="after")
+    def _gates_name_views(self) -> "Recipe":
+        """A gate on a view that is never measured would fail, but only after all the training."""
+        views = ("float", "fake_quantized", *self.export.targets)
+        for index, gate in enumerate(self.gates):
+            for key in ("view", "relative_to"):
+                if (name := getattr(gate, key)) not in (None, *views):
+                    raise ValueError(f"gates.{index}.{key}: expected one of {', '.join(views)}, found {name!r}")
+        return self
+
     def section(self, stage: str) -> dict[str, Any]:
         """One section as plain data, for stage keys."""
         data: dict[str, Any] = self.to_dict()[stage]
@@ -286,8 +301,15 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors."""
-    return Recipe.model_json_schema()
+    """JSON Schema of a recipe file, for editors: what extends another one may leave out what that one has."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "Recipe beside this one to take the rest from"}
+    whole = {
+        "required": schema.pop("required"),
+        "properties": {"data": {"required": schema["$defs"]["DataSection"].pop("required")}},
+    }
+    schema["anyOf"] = [{"required": ["extends"]}, whole]
+    return schema
 
 
 def _read_merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -330,9 +352,12 @@ def _apply(data: dict[str, Any], setting: str) -> None:
         raise InputError(f"--set {setting}: the value is not valid YAML") from error
     target = data
     for key in keys[:-1]:
-        target = target.setdefault(key, {})
-        if not isinstance(target, dict):
+        section = target.get(key, {})
+        if not isinstance(section, dict):
             raise InputError(f"--set {setting}: '{key}' is a value, not a section")
+        # A copy: through a YAML alias, two sections may be one object.
+        target[key] = dict(section)
+        target = target[key]
     target[keys[-1]] = value
 
 
@@ -341,17 +366,27 @@ def _explain(path: Path, error: ValidationError, settings: Sequence[str]) -> str
     details = error.errors()
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
-    source = f"--set {key}" if any(s.partition("=")[0] == key for s in settings) else f"{path}: {key}" if key else path
     if first["type"] == "extra_forbidden":
         message = f"unknown key, expected one of {', '.join(_known_keys(first['loc'][:-1]))}"
     elif first["type"] == "missing":
         message = "required key is missing"
     else:
-        message = f"{first['msg'].removeprefix('Value error, ')}"
-        if isinstance(first["input"], str | int | float | bool):
+        message = _EXPECTED.get(first["type"], first["msg"].removeprefix("Value error, "))
+        if isinstance(first["input"], str | int | float | None):
             message += f", found {first['input']!r}"
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{source}: {message}{more}"
+    return f"{_origin(path, key, settings)}: {message}{more}"
+
+
+def _origin(path: Path, key: str, settings: Sequence[str]) -> str:
+    """The file or the `--set` that a key came from, and the key."""
+    for setting in settings:
+        dotted = setting.partition("=")[0]
+        if dotted == key:
+            return f"--set {key}"
+        if key and (key.startswith(f"{dotted}.") or dotted.startswith(f"{key}.")):
+            return f"--set {dotted}: {key}"
+    return f"{path}: {key}" if key else str(path)
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:

@@ -1,17 +1,18 @@
 """Start values for scales and offsets: the range with the least squared rounding error."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer
+from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer, fake_quantize
 from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.quant.spec import QuantSpec
 
 CANDIDATES = 100
-_SAMPLES_PER_CALL = 8192
+OUTPUT_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_SAMPLES_PER_CALL = 4096
 
 
 @dataclass
@@ -30,36 +31,40 @@ class _Sample:
         self.values.append(flat[picked])
 
 
-def search_range(values: Tensor, low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
-    """Finds the clipping range with the least squared error among 100 shrunk ones.
+def search_range(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Finds the clipping ranges with the least squared error among 100 shrunk ones.
 
     Args:
-        values: float32 `[n]`, a sample.
-        low: Smallest value of all, at most 0.
-        high: Largest value of all, at least 0.
+        values: float32 `[rows, n]`, a sample of each row.
+        low: float32 `[rows]`, smallest value of all, at most 0.
+        high: float32 `[rows]`, largest value of all, at least 0.
         spec: The grid; signed grids are symmetric.
 
     Returns:
-        Scale and offset (0 for signed grids).
+        Scale and offset (0 for signed grids), float32 `[rows]` each.
     """
-    limit = max(-low, high, MIN_SCALE)
-    best = (float("inf"), 1.0, 0.0)
+    limit = torch.maximum(-low, high).clamp_min(MIN_SCALE)
+    least = torch.full_like(limit, torch.inf)
+    best_scale, best_offset = limit.clone(), torch.zeros_like(limit)
     for step in range(1, CANDIDATES + 1):
-        bound = limit * step / CANDIDATES
-        scale, offset = _grid(max(low, -bound), min(high, bound), bound, spec)
-        zero_point = min(max(round(-offset / scale), spec.qmin), spec.qmax)
-        integers = torch.clamp(torch.round(values / scale), spec.qmin - zero_point, spec.qmax - zero_point)
-        error = float(torch.square(integers * scale - values).mean())
-        best = min(best, (error, scale, offset))
-    return best[1], best[2]
+        bound = limit * (step / CANDIDATES)
+        scale, offset = _grid(torch.maximum(low, -bound), torch.minimum(high, bound), bound, spec)
+        rounded = fake_quantize(values, scale, offset, spec)
+        error = torch.square(rounded - values).mean(1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale = torch.where(better, scale, best_scale)
+        best_offset = torch.where(better, offset, best_offset)
+    return best_scale, best_offset
 
 
-def _grid(low: float, high: float, bound: float, spec: QuantSpec) -> tuple[float, float]:
+def _grid(low: Tensor, high: Tensor, bound: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     if spec.signed:
-        return bound / spec.qmax, 0.0
-    return max((high - low) / spec.qmax, MIN_SCALE), low
+        return bound / spec.qmax, torch.zeros_like(bound)
+    return ((high - low) / spec.qmax).clamp_min(MIN_SCALE), low
 
 
+@torch.no_grad()
 def calibrate(model: PreparedModel, batches: Iterable[Tensor], progress: Callable[[], None] | None = None) -> None:
     """Sets every scale and offset: weights from themselves, activations from what the float network computes.
 
@@ -72,13 +77,55 @@ def calibrate(model: PreparedModel, batches: Iterable[Tensor], progress: Callabl
     samples = _observe(model, batches, progress)
     for group, quantizer in model.quantizers().items():
         sample = samples[group]
-        _set(quantizer, *search_range(torch.cat(sample.values), sample.low, sample.high, quantizer.spec))
+        low, high = torch.tensor([sample.low]), torch.tensor([sample.high])
+        _set(quantizer, *search_range(torch.cat(sample.values)[None], low, high, quantizer.spec))
     for conv in model.convs().values():
         if conv.quantizer is not None:
-            _calibrate_weight(conv.weight.detach(), conv.quantizer)
+            _calibrate_weight(conv.weight, conv.quantizer)
 
 
 @torch.no_grad()
+def refine_outputs(
+    model: PreparedModel,
+    images: Tensor,
+    error: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+) -> None:
+    """Shrinks the ranges of the raw head maps as far as detections gain by it.
+
+    A head map mixes box offsets with scores whose logits reach far below anything that is ever detected; the least
+    squared error spends the grid on those.
+
+    Args:
+        model: Calibrated.
+        images: float32 `[N, 3, H, W]` in 0..1, from the training split.
+        error: How much detections from the second maps differ from those of the first.
+    """
+    model.set_activations(False)
+    model.set_weights(False)
+    maps = model(images)
+    model.set_activations(True)
+    model.set_weights(True)
+    for index, quantizer in enumerate(model.output_quantizers()):
+        if quantizer is None:
+            continue
+        low, high = maps[index].amin(), maps[index].amax()
+        shrunk = [1.0, 1.0]  # shares of the low and of the high end
+        for end in (0, 1):
+            losses = {}
+            for share in OUTPUT_SHARES:
+                shrunk[end] = share
+                _set_ends(quantizer, low * shrunk[0], high * shrunk[1])
+                rounded = quantizer(maps[index])
+                losses[share] = error(maps, (*maps[:index], rounded, *maps[index + 1 :])).item()
+            shrunk[end] = min(losses, key=losses.__getitem__)
+        _set_ends(quantizer, low * shrunk[0], high * shrunk[1])
+
+
+def _set_ends(quantizer: Quantizer, low: Tensor, high: Tensor) -> None:
+    bound = torch.maximum(-low, high)
+    _set(quantizer, *_grid(low, high, bound, quantizer.spec))
+
+
 def _observe(
     model: PreparedModel, batches: Iterable[Tensor], progress: Callable[[], None] | None
 ) -> dict[str, _Sample]:
@@ -104,19 +151,14 @@ def _observe(
     return samples
 
 
+@torch.no_grad()
 def _calibrate_weight(weight: Tensor, quantizer: Quantizer) -> None:
-    if quantizer.spec.granularity == "per_tensor":
-        limit = float(weight.abs().max())
-        _set(quantizer, *search_range(weight.flatten(), -limit, limit, quantizer.spec))
-        return
-    limits = weight.flatten(1).abs().amax(1).tolist()
-    rows = zip(weight.flatten(1), limits, strict=True)
-    scales = [search_range(row, -limit, limit, quantizer.spec)[0] for row, limit in rows]
-    with torch.no_grad():
-        quantizer.scale.copy_(torch.tensor(scales))
+    rows = weight.flatten()[None] if quantizer.spec.granularity == "per_tensor" else weight.flatten(1)
+    limit = rows.abs().amax(1)
+    _set(quantizer, *search_range(rows, -limit, limit, quantizer.spec))
 
 
-def _set(quantizer: Quantizer, scale: float, offset: float) -> None:
-    with torch.no_grad():
-        quantizer.scale.fill_(scale)
-        quantizer.offset.fill_(offset)
+@torch.no_grad()
+def _set(quantizer: Quantizer, scale: Tensor, offset: Tensor) -> None:
+    quantizer.scale.copy_(scale.reshape(quantizer.scale.shape))
+    quantizer.offset.copy_(offset.reshape(quantizer.scale.shape))

@@ -52,6 +52,12 @@ class PreparedModel(nn.Module):
             found[group] = module
         return found
 
+    def output_quantizers(self) -> list[Quantizer | None]:
+        """Quantizer of each raw head map; None where the map stays float."""
+        output = next(node for node in self.graph.graph.nodes if node.op == "output")
+        modules = [self.graph.get_submodule(str(node.target)) for node in output.all_input_nodes]
+        return [module if isinstance(module, Quantizer) else None for module in modules]
+
     def set_activations(self, enabled: bool) -> None:
         """Switches activation quantization on or off, for calibration."""
         for quantizer in self.quantizers().values():

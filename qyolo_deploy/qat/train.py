@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qyolo_deploy.data.dataset import DetectionDataset
 from qyolo_deploy.graph.fake_quantize import Quantizer
-from qyolo_deploy.graph.observers import calibrate
+from qyolo_deploy.graph.observers import calibrate, refine_outputs
 from qyolo_deploy.graph.prepare import PreparedModel, prepare
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.recipe import Recipe
 from qyolo_deploy.training.loader import Loader, calibration_batches
 from qyolo_deploy.training.loop import ParameterGroup, Progress, Schedule, fit
-from qyolo_deploy.training.losses import make_step
+from qyolo_deploy.training.losses import detections_loss, make_step
 
 _CALIBRATION_BATCH = 8
+_REFINING_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def calibrated(
 
     batches = calibration_batches(dataset, images, recipe.model.imgsz, _CALIBRATION_BATCH, recipe.train.seed)
     calibrate(model, batches, tick)
+    few = torch.cat(list(calibration_batches(dataset, _REFINING_IMAGES, recipe.model.imgsz, 1, recipe.train.seed)))
+    refine_outputs(model, few, lambda exact, rounded: detections_loss(detector.decode(rounded), detector.decode(exact)))
     return model
 
 

@@ -64,8 +64,13 @@ def settings_for(
     """Image size and padding that an engine can take.
 
     Raises:
-        InputError: If the engine's input is fixed to another size.
+        InputError: If the engine's input is fixed to another size, or a value is out of its range.
     """
+    for name, value in (("conf", conf), ("iou", iou)):
+        if not 0 <= value <= 1:
+            raise InputError(f"{name} is {value}, expected 0 to 1")
+    if imgsz is not None and (imgsz < 1 or imgsz % EvalSettings.stride):
+        raise InputError(f"imgsz is {imgsz}, expected a positive multiple of {EvalSettings.stride}")
     if runner.imgsz is None:
         return EvalSettings(imgsz or runner.trained_imgsz or DEFAULT_IMGSZ, rect, conf, iou, max_det)
     height, width = runner.imgsz

@@ -85,28 +85,131 @@ def test_values_and_gradients_are_those_of_the_papers(spec, channels):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_gradients_are_slopes_of_the_straight_through_surrogate(spec):
-    """With the rounding error held fixed, `s clip(v + error, qmin, qmax) + offset` is smooth where nobody clips."""
+    """With the rounding error held fixed, `s clip(v + error, qmin, qmax) + offset` is smooth off the outermost levels."""
     x, scale, offset, grad = make_case(spec, 0, seed=3)
-    _, to_x, to_scale, to_offset = run(x, scale, offset, grad, spec)
     v = (x.astype(np.float64) - offset) / scale
+    smooth = (np.rint(v) != spec.qmin) & (np.rint(v) != spec.qmax)
+    x, grad, v = x[smooth], grad[smooth], v[smooth]
+    assert x.size > 10
+    _, to_x, to_scale, to_offset = run(x, scale, offset, grad, spec)
     error = np.rint(v) - v
 
-    def surrogate(x, scale, offset):
-        return (grad * (scale * np.clip((x - offset) / scale + error, spec.qmin, spec.qmax) + offset)).sum()
+    def loss(x, scale, offset):
+        return grad * (scale * np.clip((x - offset) / scale + error, spec.qmin, spec.qmax) + offset)
 
-    x, scale, offset, step = x.astype(np.float64), float(scale), float(offset), 1e-7
-    slope = (surrogate(x, scale + step, offset) - surrogate(x, scale - step, offset)) / (2 * step)
-    # The outermost levels are clipped in the surrogate's one direction only: leave them to the test above.
-    edge = (np.rint(v) == spec.qmin) | (np.rint(v) == spec.qmax)
-    edge_part = np.where(edge, grad * (error - _central(surrogate_of(grad, error, spec), x, scale, offset, step)), 0)
-    assert to_scale == pytest.approx(slope + edge_part.sum(), rel=1e-4, abs=1e-3)
-    slope = (surrogate(x, scale, offset + step) - surrogate(x, scale, offset - step)) / (2 * step)
-    assert to_offset == pytest.approx(slope, rel=1e-4, abs=1e-2)
+    def slope(index, step=1e-6):
+        at = [x.astype(np.float64), float(scale), float(offset)]
+        up, down = ([value + sign * step * (i == index) for i, value in enumerate(at)] for sign in (1, -1))
+        return (loss(*up) - loss(*down)) / (2 * step)
 
-
-def surrogate_of(grad, error, spec):
-    return lambda x, scale, offset: scale * np.clip((x - offset) / scale + error, spec.qmin, spec.qmax) + offset
+    np.testing.assert_allclose(to_x, slope(0), rtol=1e-5, atol=1e-6)
+    assert to_scale == pytest.approx(slope(1).sum(), rel=1e-4, abs=1e-3)
+    assert to_offset == pytest.approx(slope(2).sum(), rel=1e-4, abs=1e-4)
 
 
-def _central(function, x, scale, offset, step):
-    return (function(x, scale + step, offset) - function(x, scale - step, offset)) / (2 * step)
+def test_a_value_that_rounds_onto_the_outermost_level_counts_as_inside():
+    """Here the papers already clip (v >= qmax); the output is the same, and we go by the integer, as torch does."""
+    x = torch.tensor([7.3, 7.6, -8.4, -8.6], requires_grad=True)
+    scale = torch.ones((), requires_grad=True)
+    out = fake_quantize(x, scale, torch.zeros(()), QuantSpec(4))
+    out.sum().backward()
+    assert out.tolist() == [7.0, 7.0, -8.0, -8.0]
+    assert x.grad.tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert scale.grad.item() == pytest.approx((7 - 7.3) + 7 + (-8 + 8.4) - 8, abs=1e-6)
+
+
+@pytest.mark.parametrize("channels", [0, CHANNELS], ids=["per tensor", "per channel"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_values_are_those_of_the_numpy_reference_bit_for_bit(spec, channels):
+    rng = np.random.default_rng(5)
+    shape = (channels,) if channels else ()
+    scale = rng.uniform(0.001, 0.3, shape).astype(np.float32)
+    offset = np.zeros(shape, np.float32) if spec.signed else -rng.uniform(0, 4, shape).astype(np.float32)
+    x = rng.normal(0, 3, (channels or 2, 3, 8, 8)).astype(np.float32)
+    ties = (np.round(x / widen(scale, x)) + 0.5) * widen(scale, x)
+    x = np.concatenate([x, ties], 1).astype(np.float32)
+    zero_point = zero_point_of(torch.tensor(scale), torch.tensor(offset), spec.qmin, spec.qmax).numpy()
+    qparams = QParams.of(per_channel(spec) if channels else spec, scale, zero_point.astype(np.int32))
+    found = fake_quantize(torch.tensor(x), torch.tensor(scale), torch.tensor(offset), qparams.spec)
+    np.testing.assert_array_equal(found.numpy(), qparams.fake_quantize(x))
+
+
+def test_zero_is_always_a_level():
+    """Padding is exact: whatever the offset has learned, 0.0 stays 0.0."""
+    scale = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.01
+    offset = -torch.rand(50, generator=torch.Generator().manual_seed(1)) * 5
+    spec = QuantSpec(4, False, False, "per_channel", 0)
+    assert torch.equal(fake_quantize(torch.zeros(50, 7), scale, offset, spec), torch.zeros(50, 7))
+
+
+def test_a_switched_off_quantizer_passes_on():
+    quantizer = Quantizer(QuantSpec(2))
+    quantizer.enabled = False
+    x = torch.randn(10)
+    assert quantizer(x) is x
+
+
+def test_signed_grids_learn_no_offset():
+    assert not Quantizer(QuantSpec(8)).offset.requires_grad
+    assert Quantizer(QuantSpec(8, signed=False)).offset.requires_grad
+
+
+def test_clamping_brings_scale_and_offset_back():
+    quantizer = Quantizer(QuantSpec(4, False, False, "per_channel", 0), 4)
+    with torch.no_grad():
+        quantizer.scale.copy_(torch.tensor([-1.0, 0.0, 0.5, 0.5]))
+        quantizer.offset.copy_(torch.tensor([-1.0, 1.0, -100.0, 0.25]))
+    quantizer.clamp_()
+    assert quantizer.scale.tolist() == pytest.approx([MIN_SCALE, MIN_SCALE, 0.5, 0.5])
+    assert quantizer.offset.tolist() == pytest.approx([-15 * MIN_SCALE, 0.0, -7.5, 0.0])
+    point = zero_point_of(quantizer.scale, quantizer.offset, 0, 15)
+    QParams.of(quantizer.spec, quantizer.scale.detach().numpy(), point.detach().numpy().astype(np.int32))
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler for torch.compile"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [0, CHANNELS], ids=["per tensor", "per channel"])
+def test_compiled_and_eager_kernels_agree(channels, monkeypatch, caplog):
+    spec = QuantSpec(4, signed=False)
+    case = make_case(spec, channels)
+    grid = per_channel(spec) if channels else spec
+    module._kernel.cache_clear()  # so that a fallback of an earlier test cannot hide here
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        compiled = run(*case, grid)
+    assert not caplog.records  # no silent fallback
+    monkeypatch.setattr(module, "_kernel", lambda function: function)
+    eager = run(*case, grid)
+    for ours, theirs in zip(compiled[:2], eager[:2], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(compiled[2:], eager[2:], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)  # sums, added up in another order
+
+
+def test_it_works_and_says_so_where_there_is_no_compiler(repository, tmp_path):
+    script = (
+        "import logging, torch; logging.basicConfig()\n"
+        "from qyolo_deploy.graph.fake_quantize import Quantizer\n"
+        "from qyolo_deploy.quant.spec import QuantSpec\n"
+        "quantizer = Quantizer(QuantSpec(4)); x = torch.tensor([0.4, 1.6, 99.0], requires_grad=True)\n"
+        "quantizer(x).sum().backward(); print(quantizer(x).tolist(), x.grad.tolist(), quantizer.scale.grad.item())\n"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(repository),
+        "CXX": str(tmp_path / "no-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no compiled fake quantization" in done.stderr
+    values, _, rest = done.stdout.partition("] ")
+    assert values == "[0.0, 2.0, 7.0"
+    gradient, _, to_scale = rest.partition("] ")
+    assert gradient == "[1.0, 1.0, 0.0"
+    assert float(to_scale) == pytest.approx(-0.4 + 0.4 + 7)

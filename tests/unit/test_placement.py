@@ -1,0 +1,237 @@
+import pytest
+import torch
+from torch import nn
+
+from qyolo_deploy.errors import InputError
+from qyolo_deploy.graph.fake_quantize import zero_point_of
+from qyolo_deploy.graph.ops import Add, Concat, Mul
+from qyolo_deploy.graph.placement import INNER_BITS, layer_names, place
+from qyolo_deploy.graph.trace import trace
+from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
+
+KINDS = ["pico", "yolov5", "yolo11n"]
+W4A6 = QuantScheme(QuantSpec(4), QuantSpec(6, signed=False))
+
+
+@pytest.fixture(scope="module")
+def detectors(make_detector):
+    return {kind: make_detector(kind) for kind in KINDS}
+
+
+def block(c_in, c_out, size=3):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False), nn.BatchNorm2d(c_out), nn.SiLU())
+
+
+class Network(nn.Module):
+    """One of everything: stem, split, residual, pool, resize, concat, two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.c = block(3, 8), block(4, 4), block(20, 8, 1), block(8, 8)
+        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+        self.head_1, self.head_2 = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 6, 1)
+
+    def forward(self, x):
+        stem = self.stem(x)
+        left, right = stem.chunk(2, 1)
+        right = right + self.a(right)
+        small = self.up(self.pool(stem))
+        joined = self.b(torch.cat([left, right, small, self.c(stem)[:, :4]], 1))
+        return self.head_1(joined), self.head_2(joined)
+
+
+def placed(scheme=W4A6):
+    traced = trace(Network().eval())
+    return traced, place(traced, scheme)
+
+
+def of_kind(traced, *kinds):
+    return [
+        node
+        for node in traced.graph.nodes
+        if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), kinds)
+    ]
+
+
+def test_every_tensor_of_a_small_network():
+    traced, placement = placed()
+    assert placement.groups == {
+        "images": "images",
+        "stem.0": "stem.0",
+        "stem.2.sigmoid": "stem.2.sigmoid",
+        "stem.2.mul": "stem.2.mul",  # split, pooled, resized and joined with the sum: one scale for all of them
+        "pool": "stem.2.mul",
+        "up": "stem.2.mul",
+        "add": "stem.2.mul",
+        "concat": "stem.2.mul",
+        "a.0": "a.0",
+        "a.2.sigmoid": "a.2.sigmoid",
+        "a.2.mul": "a.2.mul",
+        "c.0": "c.0",
+        "c.2.sigmoid": "c.2.sigmoid",
+        "c.2.mul": "c.2.mul",
+        "b.0": "b.0",
+        "b.2.sigmoid": "b.2.sigmoid",
+        "b.2.mul": "b.2.mul",
+        "head_1": "head_1",
+        "head_2": "head_2",
+    }
+    assert placement.repeats == {"pool", "up", "concat"}
+    assert placement.inner == {f"{name}.{part}" for name in ("stem", "a", "b", "c") for part in ("0", "2.sigmoid")}
+    assert placement.inputs == {
+        "stem.0": "images",
+        "a.0": "stem.2.mul",
+        "c.0": "stem.2.mul",
+        "b.0": "concat",
+        "head_1": "b.2.mul",
+        "head_2": "b.2.mul",
+    }
+
+
+def test_bits_go_by_the_readers_of_a_group():
+    traced, placement = placed()
+    assert layer_names(traced)[1] == ["stem.0", "head_1", "head_2"]
+    bits = {group: spec.bits for group, spec in placement.specs.items()}
+    assert bits["images"] == 8  # read by the first layer
+    assert bits["b.2.mul"] == 8  # read by the last ones
+    assert bits["stem.2.mul"] == 6
+    assert bits["a.2.mul"] == INNER_BITS  # only the sum reads it
+    assert all(bits[name] == INNER_BITS for name in placement.inner)
+    assert all(not spec.signed for spec in placement.specs.values())
+    assert placement.layers["a.0"] == LayerScheme(4, 6)
+    assert placement.layers["head_2"] == LayerScheme(8, 8)
+
+
+def test_the_reader_that_asks_for_most_decides():
+    scheme = QuantScheme(
+        QuantSpec(4), QuantSpec(4, signed=False), overrides={"a.*": LayerScheme(4, 7), "c.*": LayerScheme(3, 5)}
+    )
+    _, placement = placed(scheme)
+    assert placement.specs["stem.2.mul"].bits == 7
+    assert placement.layers["c.0"].weight_bits == 3
+
+
+def test_a_layer_in_float_is_no_layer_and_asks_for_nothing():
+    scheme = QuantScheme(QuantSpec(4), QuantSpec(6, signed=False), keep_float=["a.*", "head_1"])
+    traced, placement = placed(scheme)
+    assert "a.0" not in placement.layers and "a.0" not in placement.inputs and "a.0" not in placement.groups
+    assert "head_1" not in placement.layers and "head_1" not in placement.groups
+    assert placement.inputs["head_2"] == "b.2.mul"  # which head_1 reads too
+
+
+def test_ends_of_other_bits():
+    scheme = QuantScheme(QuantSpec(4), QuantSpec(6, signed=False), first_last_bits=5)
+    _, placement = placed(scheme)
+    assert placement.specs["images"].bits == placement.specs["b.2.mul"].bits == 5
+    assert placement.layers["stem.0"] == LayerScheme(5, 5)
+
+
+def test_signed_activations():
+    _, placement = placed(QuantScheme(QuantSpec(8), QuantSpec(8)))
+    assert all(spec.signed for spec in placement.specs.values())
+
+
+def test_a_glob_that_matches_nothing_is_refused():
+    with pytest.raises(InputError, match="head_9"):
+        placed(QuantScheme(QuantSpec(4), QuantSpec(8, signed=False), keep_float=["head_9"]))
+
+
+def test_order_is_that_of_execution():
+    """Not that of a set: parameters and the optimizer's state in checkpoints go by it, from process to process."""
+    traced, placement = placed()
+    order = [str(node.target) for node in traced.graph.nodes]
+    assert list(placement.specs) == sorted(placement.specs, key=order.index)
+    assert list(placement.layers) == sorted(placement.layers, key=order.index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_only_passes_values_on_shares_their_scale(detectors, kind):
+    traced = trace(detectors[kind].core)
+    placement = place(traced, W4A6)
+    passing = of_kind(traced, Concat, nn.MaxPool2d, nn.Upsample)
+    assert len(passing) >= 7
+    for node in passing:
+        name = str(node.target)
+        assert name in placement.repeats
+        for source in node.all_input_nodes:
+            while source.op != "call_module":  # the parts of a split
+                source = source.args[0]
+            assert placement.groups[str(source.target)] == placement.groups[name]
+    assert {str(node.target) for node in passing} == placement.repeats
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_and_both_of_their_inputs_are_quantized(detectors, kind):
+    traced = trace(detectors[kind].core)
+    placement = place(traced, W4A6)
+    inside_attention = {str(node.target) for node in of_kind(traced, Add) if ".attn." in str(node.target)}
+    sums = [node for node in of_kind(traced, Add) if str(node.target) not in inside_attention]
+    assert sums
+    for node in sums:
+        assert str(node.target) in placement.groups and str(node.target) not in placement.repeats
+        for source in node.args:
+            while source.op != "call_module":
+                source = source.args[0]
+            if isinstance(traced.get_submodule(str(source.target)), nn.BatchNorm2d):
+                source = source.args[0]
+            assert str(source.target) in placement.groups
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inside_a_silu_are_its_input_and_its_sigmoid(detectors, kind):
+    traced = trace(detectors[kind].core)
+    placement = place(traced, W4A6)
+    expected = set()
+    for product in of_kind(traced, Mul):
+        norm, gate = product.args
+        expected |= {str(norm.args[0].target), str(gate.target)}
+    assert placement.inner == expected
+    assert all(placement.specs[placement.groups[name]].bits == INNER_BITS for name in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ends_are_the_first_convolution_and_those_of_the_head(detectors, kind):
+    traced = trace(detectors[kind].core)
+    names, ends = layer_names(traced)
+    assert ends[0] == names[0] == "model.0.conv"
+    assert ends[1:] == [str(node.target) for node in traced.graph.output_node().args[0]]
+    placement = place(traced, W4A6)
+    for name in ends:
+        assert placement.layers[name] == LayerScheme(8, 8)
+        assert placement.specs[placement.groups[placement.inputs[name]]].bits == 8
+
+
+def test_only_attention_has_a_convolution_that_stays_in_float(detectors):
+    for kind in KINDS:
+        traced = trace(detectors[kind].core)
+        left = set(layer_names(traced)[0]) - set(place(traced, W4A6).layers)
+        # Its input comes out of a reshape, which no runtime quantizes.
+        assert left == ({"model.10.m.0.attn.pe.conv"} if kind == "yolo11n" else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kept", [(), ("model.1.*",), ("model.2*",), ("*.cv1.conv", "model.0.conv")])
+def test_every_quantized_convolution_reads_values_of_its_quantizer_s_grid(
+    detectors, kind, kept, make_prepared, make_scheme, images
+):
+    model = make_prepared(detectors[kind], make_scheme(bits=4, keep_float=kept))
+    seen = {}
+
+    def look(name):
+        return lambda _, inputs: seen.update({name: inputs[0]})
+
+    quantized = {name: conv for name, conv in model.convs().items() if conv.quantizer is not None}
+    assert set(quantized) == set(model.placement.layers)
+    for name, conv in quantized.items():
+        conv.register_forward_pre_hook(look(name))
+    with torch.no_grad():
+        model(images)
+    assert set(seen) == set(quantized) and len(seen) > 10
+    for name, x in seen.items():
+        quantizer = model.quantizers()[model.placement.groups[model.placement.inputs[name]]]
+        scale, spec = quantizer.scale.detach(), quantizer.spec
+        zero_point = zero_point_of(scale, quantizer.offset.detach(), spec.qmin, spec.qmax)
+        codes = torch.round(x / scale) + zero_point
+        assert torch.equal((codes - zero_point) * scale, x), name
+        assert codes.min() >= spec.qmin and codes.max() <= spec.qmax, name
+        assert len(codes.unique()) > 3, name
