@@ -402,7 +402,13 @@ def environment_fingerprint(packages: Sequence[str]) -> dict[str, str]:
         "machine": platform.machine(),
         "cpu": _cpu_model(),
     }
+    return fingerprint | package_versions(packages)
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the installed versions of some distributions; those not installed are left out."""
+    versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            fingerprint[package] = importlib.metadata.version(package)
-    return fingerprint
+            versions[package] = importlib.metadata.version(package)
+    return versions

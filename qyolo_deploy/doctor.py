@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -45,7 +44,7 @@ class _Package:
 
 def check_runtimes() -> list[Finding]:
     """Looks for runtimes, build packages and devices; nothing is changed, torch is not imported."""
-    return [_python(), _cpu(), *(_package(entry) for entry in _PACKAGES), _compiler(), _gpu()]
+    return [_python(), _cpu(), *(_package(entry) for entry in _PACKAGES), _compiler()]
 
 
 def _python() -> Finding:
@@ -109,22 +108,6 @@ def _compiler() -> Finding:
     status: Status = "ok" if found else "missing"
     remedy = "" if found else "install g++ or clang"
     return Finding("C++ compiler", status, "", found, remedy, "fast training (it works without, slower)")
-
-
-def _gpu() -> Finding:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return Finding(
-            "NVIDIA GPU", "missing", "", "no nvidia-smi", "install the driver, if there is a GPU", "training on a GPU"
-        )
-    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        output = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return Finding(
-            "NVIDIA GPU", "missing", "", "nvidia-smi does not answer", "check the driver", "training on a GPU"
-        )
-    return Finding("NVIDIA GPU", "ok", "", "; ".join(output.strip().splitlines()), "", "training on a GPU")
 
 
 _PACKAGES = (

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from qyolo_deploy._version import __version__
-from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, sha256_json, write_atomic
+from qyolo_deploy.artifact import (
+    Artifact,
+    DigestCache,
+    environment_fingerprint,
+    package_versions,
+    sha256_json,
+    write_atomic,
+)
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.synthetic import GENERATOR_VERSION
@@ -22,6 +29,8 @@ from qyolo_deploy.recipe import SYNTHETIC, Recipe, load_recipe
 from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, builtin_weights
 
 _RECORDS = ".stages"
+# Another version of these may give another engine or another number from the same engine.
+_RUNTIMES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -176,6 +185,8 @@ class _Plan:
             found["weights"] = sha256(self.weights)
         if stage.name == "float" and self.architecture is not None and Path(self.architecture).is_file():
             found["architecture"] = sha256(Path(self.architecture))
+        if stage.name in ("export", "validate"):
+            found |= {f"{name} version": version for name, version in package_versions(_RUNTIMES).items()}
         return found
 
 

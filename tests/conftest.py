@@ -1,9 +1,16 @@
 """Fixtures that several files share: tiny detectors, the models made from them, and real data where there is some."""
 
+import json
 import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+
+import qyolo_deploy
 
 REPOSITORY = Path(__file__).parent.parent
 PICO = REPOSITORY / "recipes" / "architectures" / "yolov8-pico.yaml"
@@ -124,15 +131,47 @@ def make_scheme():
     return make
 
 
+def set_ranges(model, images):
+    """Scales and offsets from extremes, in a fraction of the time that calibration takes to search better ones."""
+    import torch
+
+    extremes = {group: (0.0, 0.0) for group in model.quantizers()}
+
+    def watch(group):
+        def look(_, inputs):
+            low, high = extremes[group]
+            extremes[group] = min(low, inputs[0].min().item()), max(high, inputs[0].max().item())
+
+        return look
+
+    handles = [quantizer.register_forward_pre_hook(watch(name)) for name, quantizer in model.quantizers().items()]
+    model.set_activations(False)
+    model.set_weights(False)
+    with torch.no_grad():
+        model(images)
+        for group, quantizer in model.quantizers().items():
+            low, high = extremes[group]
+            quantizer.scale.fill_((high - low) / quantizer.spec.qmax)
+            quantizer.offset.fill_(low)
+        for conv in model.convs().values():
+            if conv.quantizer is not None:
+                size = conv.weight.abs().flatten(1).amax(1)
+                size = size if conv.quantizer.scale.ndim else size.max()
+                conv.quantizer.scale.copy_(0.7 * size / conv.quantizer.spec.qmax)
+    for handle in handles:
+        handle.remove()
+    model.set_activations(True)
+    model.set_weights(True)
+
+
 @pytest.fixture(scope="session")
 def make_prepared(make_scheme, images):
-    """Function from a detector and a scheme to a prepared and calibrated model."""
-    from qyolo_deploy.graph.observers import calibrate
+    """Function from a detector and a scheme to a prepared model with ranges that fit `images`."""
     from qyolo_deploy.graph.prepare import prepare
 
     def make(detector, scheme=None):
-        model = prepare(detector, scheme or make_scheme())
-        calibrate(model, [images])
+        model = prepare(detector, scheme or make_scheme()).eval()
+        set_ranges(model, images)
         return model
 
     return make
@@ -162,3 +201,118 @@ def static_model(pico):
     from qyolo_deploy.graph.simulate import fold_float
 
     return export_float(fold_float(pico), 64, dynamic=False)
+
+
+# --- the command line, and a small build that it has finished -----------------------------------------------
+
+TINY = {
+    "data.synthetic.train_images": 24,
+    "data.synthetic.val_images": 12,
+    "data.calibration_images": 8,
+    "model.imgsz": 128,
+    "train.epochs": 3,
+    "train.batch": 8,
+    "correct.images": 16,
+    "correct.batch": 8,
+    "validate.latency_runs": 3,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it wrote."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self):
+        """The last line of stdout."""
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+class Command:
+    """`qyolo` in a process of its own, as a shell would start it; no data but what its arguments name."""
+
+    line = (sys.executable, "-c", "import sys; from qyolo_deploy.cli import main; sys.argv[0] = 'qyolo'; main()")
+
+    def environment(self, **changes):
+        kept = {key: value for key, value in os.environ.items() if key not in ("QYOLO_DATA", "FORCE_COLOR", "COLUMNS")}
+        package = Path(qyolo_deploy.__file__).parent.parent  # the same that the tests themselves import
+        path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
+
+    def start(self, *arguments, cwd=None, **environment):
+        return subprocess.Popen(
+            [*self.line, *map(str, arguments)],
+            cwd=cwd,
+            env=self.environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments, cwd=None, **environment):
+        process = self.start(*arguments, cwd=cwd, **environment)
+        try:
+            stdout, stderr = process.communicate(timeout=200)
+        finally:
+            process.kill()
+        return Outcome(process.returncode, stdout, stderr)
+
+
+@dataclass(frozen=True)
+class TinyBuild:
+    """The quickstart on a few images: where it lies, what `qyolo build` was told, and what came of it."""
+
+    out: Path
+    settings: tuple[str, ...]
+    outcome: Outcome | None = None
+
+    recipe = REPOSITORY / "recipes" / "quickstart.yaml"
+
+    @property
+    def folder(self):
+        return self.out / "quickstart"
+
+    @property
+    def onnx(self):
+        return self.folder / "engines" / "onnxruntime" / "quickstart_w4a8.onnx"
+
+    @property
+    def openvino(self):
+        return self.folder / "engines" / "openvino" / "quickstart_w4a8_openvino_model"
+
+    @property
+    def report(self):
+        return json.loads((self.folder / "report.json").read_text(encoding="utf-8"))
+
+    def arguments(self, *settings):
+        """The build's, with further settings and another place for what it makes."""
+        return ("build", self.recipe, *(word for setting in (*self.settings, *settings) for word in ("--set", setting)))
+
+
+@pytest.fixture(scope="session")
+def qyolo():
+    return Command()
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    """Settings that make a build of the quickstart take seconds."""
+    return tuple(f"{key}={value}" for key, value in TINY.items())
+
+
+@pytest.fixture(scope="session")
+def tiny_build(qyolo, tiny_settings, tmp_path_factory):
+    """A finished build; who changes its files takes `tiny_copy`."""
+    build = TinyBuild(tmp_path_factory.mktemp("tiny"), tiny_settings)
+    outcome = qyolo(*build.arguments(), "--out", build.out, "--json")
+    assert outcome.code == 0, outcome.stderr
+    return replace(build, outcome=outcome)
+
+
+@pytest.fixture
+def tiny_copy(tiny_build, tmp_path):
+    return replace(tiny_build, out=Path(shutil.copytree(tiny_build.out, tmp_path / "copy")))

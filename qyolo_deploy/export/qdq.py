@@ -44,6 +44,8 @@ def insert_qdq(
     _requires(graph_model.graph, quantized)
     for name, layer in quantized.layers.items():
         _quantize_layer(graph_model.graph, name, layer, quantized, storage)
+    for name in {key.rpartition(".")[0] for key in quantized.float_tensors}:
+        _set_float_layer(graph_model.graph, name, quantized)
     for name, qparams in quantized.activations.items():
         if name not in leave_out:
             _quantize_value(graph_model.graph, _value(graph_model.graph, name), qparams)
@@ -118,19 +120,33 @@ def _add_node(
 
 def _quantize_layer(graph: ir.Graph, name: str, layer: QuantizedLayer, quantized: QuantizedModel, storage: str) -> None:
     """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias."""
-    conv = _conv_of(graph, name)
-    old = [value for value in conv.inputs[1:] if value is not None]
     scale = _constant(graph, f"{name}.weight_scale", layer.qparams.scale)
     weight = _stored_weight(graph, name, layer, storage)
-    conv.replace_input_with(
-        1, _add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
-    )
+    dequantized = _add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
     bias = _constant(graph, f"{name}.bias_quantized", layer.bias)
     bias_scale = _constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
-    dequantized = _add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0})
-    if len(conv.inputs) == 2:
-        conv.resize_inputs(3)
-    conv.replace_input_with(2, dequantized)
+    _set_constants(
+        graph,
+        name,
+        dequantized,
+        _add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0}),
+    )
+
+
+def _set_float_layer(graph: ir.Graph, name: str, quantized: QuantizedModel) -> None:
+    """Weights of a layer that stays float, as training left them."""
+    weight = _constant(graph, f"{name}.weight_trained", quantized.float_tensors[f"{name}.weight"])
+    bias = _constant(graph, f"{name}.bias_trained", quantized.float_tensors[f"{name}.bias"])
+    _set_constants(graph, name, weight, bias)
+
+
+def _set_constants(graph: ir.Graph, name: str, weight: ir.Value, bias: ir.Value) -> None:
+    """Gives a convolution other weights and biases, and drops those that nothing reads any more."""
+    conv = _conv_of(graph, name)
+    old = [value for value in conv.inputs[1:] if value is not None]
+    conv.resize_inputs(3)
+    conv.replace_input_with(1, weight)
+    conv.replace_input_with(2, bias)
     for value in old:
         if not value.uses() and value.name is not None:
             graph.initializers.pop(value.name, None)

@@ -135,7 +135,8 @@ def simulate(detector: Detector, quantized: QuantizedModel) -> View:
         source, target = quantized.activations[layer.input], quantized.activations[name]
         core.add_submodule(name, IntegerConv(conv, layer, source, target))
     for name, value in quantized.float_tensors.items():
-        core.get_parameter(name).copy_(torch.from_numpy(value))
+        layer_name, _, key = name.rpartition(".")
+        setattr(core.get_submodule(layer_name), key, nn.Parameter(torch.from_numpy(value)))
     for node in list(core.graph.nodes):
         name = str(node.target)
         if name in quantized.activations and name not in quantized.layers:
