@@ -9,10 +9,15 @@ The functions behind the commands, imported when they are first used:
 * `load_recipe(path)`, `recipe_schema()`: recipes.
 """
 
+import os
 from importlib import import_module
 from typing import Any
 
 from qyolo_deploy._version import __version__
+
+# The wheels of ONNX Runtime 1.31 report usage over the network and write a device id into the user's cache, from
+# their first import on, unless this is set before it. Who wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "build": "qyolo_deploy.pipeline",

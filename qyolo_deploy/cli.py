@@ -21,6 +21,7 @@ _PIPE_WIDTH = 240
 app = typer.Typer(
     name="qyolo",
     help="From float YOLO weights to low-bit engines, with the accuracy proven on the engine that ships.",
+    epilog="Exit codes: 0 ok, 1 a gate failed, 2 bad input, 3 a runtime is missing, 4 integrity.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -72,7 +73,7 @@ def _version(wanted: bool) -> None:
 def _root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    """Exit codes: 0 ok, 1 a gate failed, 2 bad input, 3 a runtime is missing, 4 integrity."""
+    """Options of the program itself; Typer shows its `help` and `epilog`."""
 
 
 @app.command()

@@ -271,7 +271,7 @@ class _Build:
         )
         artifact = Artifact.of_files(
             self._folder,
-            output.files,
+            [file.relative_to(self._folder) for file in output.files],
             kind=output.kind,
             stage=stage.name,
             key=key,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -104,6 +105,38 @@ def make_detector(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_network():
+    """Function to a network with one of everything: stem, split, residual, pool, resize, concat, two heads."""
+    import torch
+    from torch import nn
+
+    def block(c_in, c_out, size=3):
+        conv = nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.SiLU())
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b, self.c = block(3, 8), block(4, 4), block(20, 8, 1), block(8, 8)
+            self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
+            self.head_1, self.head_2 = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 6, 1)
+
+        def forward(self, x):
+            stem = self.stem(x)
+            left, right = stem.chunk(2, 1)
+            right = right + self.a(right)
+            small = self.up(self.pool(stem))
+            joined = self.b(torch.cat([left, right, small, self.c(stem)[:, :4]], 1))
+            return self.head_1(joined), self.head_2(joined)
+
+    def make():
+        torch.manual_seed(0)
+        return SimpleNamespace(core=Network().eval(), spec=SimpleNamespace(to_json=dict))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def pico(make_detector):
     """A detector to look at; who changes it makes one of their own."""
     return make_detector()
@@ -135,7 +168,7 @@ def set_ranges(model, images):
     """Scales and offsets from extremes, in a fraction of the time that calibration takes to search better ones."""
     import torch
 
-    extremes = {group: (0.0, 0.0) for group in model.quantizers()}
+    extremes = dict.fromkeys(model.quantizers(), (0.0, 0.0))
 
     def watch(group):
         def look(_, inputs):
@@ -157,7 +190,7 @@ def set_ranges(model, images):
             if conv.quantizer is not None:
                 size = conv.weight.abs().flatten(1).amax(1)
                 size = size if conv.quantizer.scale.ndim else size.max()
-                conv.quantizer.scale.copy_(0.7 * size / conv.quantizer.spec.qmax)
+                conv.quantizer.scale.copy_(size / conv.quantizer.spec.qmax)
     for handle in handles:
         handle.remove()
     model.set_activations(True)
@@ -215,6 +248,7 @@ TINY = {
     "correct.images": 16,
     "correct.batch": 8,
     "validate.latency_runs": 3,
+    "gates": '[{view: onnxruntime, metric: map50_95, op: ">=", bound: -0.001, relative_to: fake_quantized}]',
 }
 
 

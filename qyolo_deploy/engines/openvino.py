@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: building IR from a QDQ ONNX, and running it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,11 @@ class OpenVinoRunner:
         openvino = import_openvino()
         self.path, self.precision_hint = path, precision_hint
         xml = _xml_of(path)
+        options = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
         try:
             model = openvino.Core().read_model(xml)
-            self._compiled = openvino.compile_model(
-                model, "CPU", {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
-            )
+            self._compile = partial(openvino.compile_model, model, "CPU", options)
+            self._compiled = self._compile()
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{xml}: OpenVINO {openvino.__version__} cannot load it ({reason})") from error
@@ -82,6 +83,8 @@ class OpenVinoRunner:
         try:
             outputs = self._compiled(images)
         except RuntimeError as error:
+            # The plugin keeps shapes of the run that failed, and would then refuse images of the size before it.
+            self._compiled = self._compile()
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
         return np.asarray(outputs[0], np.float32)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer, fake_quantize
 from qyolo_deploy.graph.prepare import PreparedModel
@@ -31,36 +32,52 @@ class _Sample:
         self.values.append(flat[picked])
 
 
-def search_range(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def search_range(
+    values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, seen_as: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Finds the clipping ranges with the least squared error among 100 shrunk ones.
+
+    Signed grids shrink as a whole, unsigned ones first at the low end, then at the high end.
 
     Args:
         values: float32 `[rows, n]`, a sample of each row.
         low: float32 `[rows]`, smallest value of all, at most 0.
         high: float32 `[rows]`, largest value of all, at least 0.
         spec: The grid; signed grids are symmetric.
+        seen_as: What the only reader makes of the values; the error is then that of its result.
 
     Returns:
         Scale and offset (0 for signed grids), float32 `[rows]` each.
     """
-    limit = torch.maximum(-low, high).clamp_min(MIN_SCALE)
-    least = torch.full_like(limit, torch.inf)
-    best_scale, best_offset = limit.clone(), torch.zeros_like(limit)
-    for step in range(1, CANDIDATES + 1):
-        bound = limit * (step / CANDIDATES)
-        scale, offset = _grid(torch.maximum(low, -bound), torch.minimum(high, bound), bound, spec)
-        rounded = fake_quantize(values, scale, offset, spec)
-        error = torch.square(rounded - values).mean(1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best_scale = torch.where(better, scale, best_scale)
-        best_offset = torch.where(better, offset, best_offset)
-    return best_scale, best_offset
+    wanted = values if seen_as is None else seen_as(values)
 
+    def error_of(low: Tensor, high: Tensor) -> Tensor:
+        rounded = fake_quantize(values, *_grid(low, high, spec), spec)
+        return torch.square((rounded if seen_as is None else seen_as(rounded)) - wanted).mean(1)
 
-def _grid(low: Tensor, high: Tensor, bound: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     if spec.signed:
-        return bound / spec.qmax, torch.zeros_like(bound)
+        limit = torch.maximum(-low, high)
+        share = _best_share(lambda share: error_of(-limit * share, limit * share), limit)
+        return _grid(-limit * share, limit * share, spec)
+    low = low * _best_share(lambda share: error_of(low * share, high), low)
+    high = high * _best_share(lambda share: error_of(low, high * share), high)
+    return _grid(low, high, spec)
+
+
+def _best_share(error_of: Callable[[float], Tensor], like: Tensor) -> Tensor:
+    """The share of 1/100 ... 1 with the least error, row by row."""
+    least, best = torch.full_like(like, torch.inf), torch.ones_like(like)
+    for step in range(CANDIDATES, 0, -1):
+        error = error_of(step / CANDIDATES)
+        better = error < least
+        least, best = torch.where(better, error, least), torch.where(better, step / CANDIDATES, best)
+    return best
+
+
+def _grid(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and offset of a clipping range."""
+    if spec.signed:
+        return (torch.maximum(-low, high) / spec.qmax).clamp_min(MIN_SCALE), torch.zeros_like(high)
     return ((high - low) / spec.qmax).clamp_min(MIN_SCALE), low
 
 
@@ -75,10 +92,13 @@ def calibrate(model: PreparedModel, batches: Iterable[Tensor], progress: Callabl
     """
     model.eval()
     samples = _observe(model, batches, progress)
+    # Below -8 SiLU is flat: a range that reaches as far down as its input does wastes most of the grid.
+    silu_inputs = model.placement.inner & set(model.convs())
     for group, quantizer in model.quantizers().items():
         sample = samples[group]
         low, high = torch.tensor([sample.low]), torch.tensor([sample.high])
-        _set(quantizer, *search_range(torch.cat(sample.values)[None], low, high, quantizer.spec))
+        seen_as = F.silu if group in silu_inputs else None
+        _set(quantizer, *search_range(torch.cat(sample.values)[None], low, high, quantizer.spec, seen_as))
     for conv in model.convs().values():
         if conv.quantizer is not None:
             _calibrate_weight(conv.weight, conv.quantizer)
@@ -108,22 +128,18 @@ def refine_outputs(
     for index, quantizer in enumerate(model.output_quantizers()):
         if quantizer is None:
             continue
-        low, high = maps[index].amin(), maps[index].amax()
+        # Zero belongs to every grid, also where all scores of a level lie below it.
+        low, high = maps[index].amin().clamp_max(0), maps[index].amax().clamp_min(0)
         shrunk = [1.0, 1.0]  # shares of the low and of the high end
         for end in (0, 1):
             losses = {}
             for share in OUTPUT_SHARES:
                 shrunk[end] = share
-                _set_ends(quantizer, low * shrunk[0], high * shrunk[1])
+                _set(quantizer, *_grid(low * shrunk[0], high * shrunk[1], quantizer.spec))
                 rounded = quantizer(maps[index])
                 losses[share] = error(maps, (*maps[:index], rounded, *maps[index + 1 :])).item()
             shrunk[end] = min(losses, key=losses.__getitem__)
-        _set_ends(quantizer, low * shrunk[0], high * shrunk[1])
-
-
-def _set_ends(quantizer: Quantizer, low: Tensor, high: Tensor) -> None:
-    bound = torch.maximum(-low, high)
-    _set(quantizer, *_grid(low, high, bound, quantizer.spec))
+        _set(quantizer, *_grid(low * shrunk[0], high * shrunk[1], quantizer.spec))
 
 
 def _observe(

@@ -40,19 +40,15 @@ def detections_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: `output0`, float32 `[N, 4 + nc, A]`.
         teacher: The float model's `output0` of the same images.
     """
-    targets = teacher[:, 4:]
+    targets = teacher[:, 4:].clamp(_EPS, 1 - _EPS)
     confidence = targets.amax(1)
     weight = confidence.sum().clamp_min(1.0)
     box = ((1 - _iou(student[:, :4], teacher[:, :4])) * confidence).sum() / weight
     scores = student[:, 4:].clamp(_EPS, 1 - _EPS)
-    score = (F.binary_cross_entropy(scores, targets, reduction="sum") - _entropy(targets)) / weight
+    # The targets' own entropy is what cross-entropy cannot go below: without it, a perfect student has loss 0.
+    entropy = F.binary_cross_entropy(targets, targets, reduction="sum")
+    score = (F.binary_cross_entropy(scores, targets, reduction="sum") - entropy) / weight
     return _BOX_GAIN * box + _SCORE_GAIN * score
-
-
-def _entropy(targets: Tensor) -> Tensor:
-    """What cross-entropy cannot go below; taken off, so that a perfect student has loss 0."""
-    targets = targets.clamp(_EPS, 1 - _EPS)
-    return F.binary_cross_entropy(targets, targets, reduction="sum")
 
 
 def _iou(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.prepare import prepare
-from qyolo_deploy.quant.model import quantize_bias
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
 GAMMAS = st.one_of(st.floats(0.01, 4), st.floats(-4, -0.01), st.sampled_from([0.0, 1e-7, -1e-7, 1e-4]))
@@ -135,3 +134,25 @@ def scales_of(learned, norm, gain):
 
 def per_channel(values):
     return values.double().reshape(-1, 1, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0.01, 1.5), seed=st.integers(0, 2**16))
+def test_a_channel_whose_bias_would_not_fit_gets_the_nearest_weights_of_a_coarser_grid(share, seed):
+    """`share` is that of the folded scale in the smallest scale that leaves the bias room; below 1 it must give way."""
+    torch.manual_seed(seed)
+    conv, norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+    scale, weight_scale = 0.125, 0.0625
+    with torch.no_grad():
+        norm.weight.fill_(1e-6)
+        folded = weight_scale * 1e-6 / np.sqrt(1 + norm.eps)
+        norm.bias.fill_(folded / share * scale * 2**30)
+    model = prepared_layer(conv, norm, 8, "per_tensor", weight_scale, scale, 0)
+    layer = freeze(model, {}).layers["conv"]
+    integers = np.clip(np.rint(conv.weight.detach().numpy() / weight_scale), -128, 127)
+    step = layer.qparams.scale.astype(np.float64)[:, None, None, None]
+    assert np.abs(layer.weight * step - integers * folded).max() <= 0.5001 * step.max()
+    assert (np.abs(layer.bias.astype(np.int64)) <= 2**30 + 1).all()
+    np.testing.assert_allclose(
+        layer.bias * layer.qparams.scale.astype(np.float64) * scale, norm.bias.detach(), rtol=1e-6
+    )

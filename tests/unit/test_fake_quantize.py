@@ -85,7 +85,7 @@ def test_values_and_gradients_are_those_of_the_papers(spec, channels):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_gradients_are_slopes_of_the_straight_through_surrogate(spec):
-    """With the rounding error held fixed, `s clip(v + error, qmin, qmax) + offset` is smooth off the outermost levels."""
+    """With the rounding error held fixed, `s clip(v + error, qmin, qmax) + offset` is smooth between the ends."""
     x, scale, offset, grad = make_case(spec, 0, seed=3)
     v = (x.astype(np.float64) - offset) / scale
     smooth = (np.rint(v) != spec.qmin) & (np.rint(v) != spec.qmax)
@@ -203,9 +203,7 @@ def test_it_works_and_says_so_where_there_is_no_compiler(repository, tmp_path):
         "CXX": str(tmp_path / "no-compiler"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert "no compiled fake quantization" in done.stderr
     values, _, rest = done.stdout.partition("] ")

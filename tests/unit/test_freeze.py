@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from qyolo_deploy.graph.freeze import activation_qparams, freeze
 from qyolo_deploy.graph.simulate import simulate
@@ -119,9 +118,7 @@ def test_layers_in_float_are_folded_in_float(make_detector, make_prepared, make_
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_each_integer_layer_computes_what_the_layer_learned(
-    bits, granularity, make_detector, make_prepared, images
-):
+def test_each_integer_layer_computes_what_the_layer_learned(bits, granularity, make_detector, make_prepared, images):
     """Layer by layer, because a network of random weights makes noise out of one code that a tie turned.
 
     Between the two lie the rounding to a code, and that of the bias to a step of the accumulator, which training does
@@ -155,9 +152,7 @@ def test_a_saved_model_simulates_the_same(quantized, pico, images, tmp_path):
         assert torch.equal(simulate(pico, loaded)(images), simulate(pico, quantized)(images))
 
 
-def test_the_integer_view_depends_on_nothing_but_architecture_and_integers(
-    quantized, make_detector, pico, images
-):
+def test_the_integer_view_depends_on_nothing_but_architecture_and_integers(quantized, make_detector, pico, images):
     other = make_detector(seed=99)
     assert not torch.equal(other.core.model[0].conv.weight, pico.core.model[0].conv.weight)
     with torch.no_grad():

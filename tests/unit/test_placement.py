@@ -18,31 +18,15 @@ def detectors(make_detector):
     return {kind: make_detector(kind) for kind in KINDS}
 
 
-def block(c_in, c_out, size=3):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, size, padding=size // 2, bias=False), nn.BatchNorm2d(c_out), nn.SiLU())
+@pytest.fixture
+def placed(small_network):
+    """Function from a scheme to the traced small network and its placement."""
 
+    def make(scheme=W4A6):
+        traced = trace(small_network().core)
+        return traced, place(traced, scheme)
 
-class Network(nn.Module):
-    """One of everything: stem, split, residual, pool, resize, concat, two heads."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.a, self.b, self.c = block(3, 8), block(4, 4), block(20, 8, 1), block(8, 8)
-        self.pool, self.up = nn.MaxPool2d(2), nn.Upsample(scale_factor=2)
-        self.head_1, self.head_2 = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 6, 1)
-
-    def forward(self, x):
-        stem = self.stem(x)
-        left, right = stem.chunk(2, 1)
-        right = right + self.a(right)
-        small = self.up(self.pool(stem))
-        joined = self.b(torch.cat([left, right, small, self.c(stem)[:, :4]], 1))
-        return self.head_1(joined), self.head_2(joined)
-
-
-def placed(scheme=W4A6):
-    traced = trace(Network().eval())
-    return traced, place(traced, scheme)
+    return make
 
 
 def of_kind(traced, *kinds):
@@ -53,8 +37,8 @@ def of_kind(traced, *kinds):
     ]
 
 
-def test_every_tensor_of_a_small_network():
-    traced, placement = placed()
+def test_every_tensor_of_a_small_network(placed):
+    _, placement = placed()
     assert placement.groups == {
         "images": "images",
         "stem.0": "stem.0",
@@ -88,7 +72,7 @@ def test_every_tensor_of_a_small_network():
     }
 
 
-def test_bits_go_by_the_readers_of_a_group():
+def test_bits_go_by_the_readers_of_a_group(placed):
     traced, placement = placed()
     assert layer_names(traced)[1] == ["stem.0", "head_1", "head_2"]
     bits = {group: spec.bits for group, spec in placement.specs.items()}
@@ -102,7 +86,7 @@ def test_bits_go_by_the_readers_of_a_group():
     assert placement.layers["head_2"] == LayerScheme(8, 8)
 
 
-def test_the_reader_that_asks_for_most_decides():
+def test_the_reader_that_asks_for_most_decides(placed):
     scheme = QuantScheme(
         QuantSpec(4), QuantSpec(4, signed=False), overrides={"a.*": LayerScheme(4, 7), "c.*": LayerScheme(3, 5)}
     )
@@ -111,32 +95,32 @@ def test_the_reader_that_asks_for_most_decides():
     assert placement.layers["c.0"].weight_bits == 3
 
 
-def test_a_layer_in_float_is_no_layer_and_asks_for_nothing():
+def test_a_layer_in_float_is_no_layer_and_asks_for_nothing(placed):
     scheme = QuantScheme(QuantSpec(4), QuantSpec(6, signed=False), keep_float=["a.*", "head_1"])
-    traced, placement = placed(scheme)
+    _, placement = placed(scheme)
     assert "a.0" not in placement.layers and "a.0" not in placement.inputs and "a.0" not in placement.groups
     assert "head_1" not in placement.layers and "head_1" not in placement.groups
     assert placement.inputs["head_2"] == "b.2.mul"  # which head_1 reads too
 
 
-def test_ends_of_other_bits():
+def test_ends_of_other_bits(placed):
     scheme = QuantScheme(QuantSpec(4), QuantSpec(6, signed=False), first_last_bits=5)
     _, placement = placed(scheme)
     assert placement.specs["images"].bits == placement.specs["b.2.mul"].bits == 5
     assert placement.layers["stem.0"] == LayerScheme(5, 5)
 
 
-def test_signed_activations():
+def test_signed_activations(placed):
     _, placement = placed(QuantScheme(QuantSpec(8), QuantSpec(8)))
     assert all(spec.signed for spec in placement.specs.values())
 
 
-def test_a_glob_that_matches_nothing_is_refused():
+def test_a_glob_that_matches_nothing_is_refused(placed):
     with pytest.raises(InputError, match="head_9"):
         placed(QuantScheme(QuantSpec(4), QuantSpec(8, signed=False), keep_float=["head_9"]))
 
 
-def test_order_is_that_of_execution():
+def test_order_is_that_of_execution(placed):
     """Not that of a set: parameters and the optimizer's state in checkpoints go by it, from process to process."""
     traced, placement = placed()
     order = [str(node.target) for node in traced.graph.nodes]

@@ -106,7 +106,11 @@ def test_bias_scale_is_input_scale_times_weight_scale():
 
 
 def test_files_are_the_same_byte_for_byte(saved, tmp_path):
-    for name, model in {"again": make_model(), "reloaded": QuantizedModel.load(saved), "backwards": make_model(True)}.items():
+    for name, model in {
+        "again": make_model(),
+        "reloaded": QuantizedModel.load(saved),
+        "backwards": make_model(True),
+    }.items():
         model.save(tmp_path / name)
         assert (tmp_path / name).read_bytes() == saved.read_bytes(), name
 
@@ -162,7 +166,10 @@ BAD = {
     "zero scale": (replace_tensor("scale/images", np.zeros((), np.float32)), "finite and positive"),
     "array as scale": (replace_tensor("scale/images", np.ones(2, np.float32)), "per_tensor"),
     "zero point off the grid": (replace_tensor("zero_point/images", np.array(256, np.int32)), r"\[0, 255\]"),
-    "newer format": (set_header("format_version", FORMAT_VERSION + 1), f"{FORMAT_VERSION + 1}, expected {FORMAT_VERSION}"),
+    "newer format": (
+        set_header("format_version", FORMAT_VERSION + 1),
+        f"{FORMAT_VERSION + 1}, expected {FORMAT_VERSION}",
+    ),
     "no format": (lambda tensors, header: header.pop("format_version"), "format_version"),
     "layers as a list": (set_header("layers", []), "not a quantized model"),
     "unknown key of a grid": (set_weight_spec(colour="blue"), "colour"),

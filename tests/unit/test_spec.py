@@ -3,7 +3,14 @@ import pytest
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
 
-LAYERS = ["model.0.conv", "model.1.conv", "model.2.cv1.conv", "model.2.cv2.conv", "model.22.cv2.0.2", "model.22.cv3.0.2"]
+LAYERS = [
+    "model.0.conv",
+    "model.1.conv",
+    "model.2.cv1.conv",
+    "model.2.cv2.conv",
+    "model.22.cv2.0.2",
+    "model.22.cv3.0.2",
+]
 ENDS = ["model.0.conv", "model.22.cv2.0.2", "model.22.cv3.0.2"]
 
 
