@@ -199,10 +199,10 @@ def set_ranges(model, images):
 
 @pytest.fixture(scope="session")
 def make_prepared(make_scheme, images):
-    """Function from a detector and a scheme to a prepared model with ranges that fit `images`."""
+    """Function from a detector, a scheme and images to a prepared model with ranges that fit those."""
     from qyolo_deploy.graph.prepare import prepare
 
-    def make(detector, scheme=None):
+    def make(detector, scheme=None, images=images):
         model = prepare(detector, scheme or make_scheme()).eval()
         set_ranges(model, images)
         return model
@@ -350,3 +350,31 @@ def tiny_build(qyolo, tiny_settings, tmp_path_factory):
 @pytest.fixture
 def tiny_copy(tiny_build, tmp_path):
     return replace(tiny_build, out=Path(shutil.copytree(tiny_build.out, tmp_path / "copy")))
+
+
+@pytest.fixture(scope="session")
+def photographs(data_root):
+    """float32 `[3, 3, 160, 160]`, from COCO."""
+    import numpy as np
+    import torch
+
+    from qyolo_deploy.data.images import list_images, read_image
+    from qyolo_deploy.data.letterbox import letterbox, to_tensor
+
+    files = list_images(data_root / "coco-subset" / "images")[:3]
+    if len(files) < 3:
+        pytest.skip("QYOLO_DATA has no coco-subset/images")
+    return torch.from_numpy(np.concatenate([to_tensor(letterbox(read_image(f), 160, rect=False)[0]) for f in files]))
+
+
+@pytest.fixture(scope="session")
+def official(yolov5n_checkpoint, photographs, make_prepared, make_scheme):
+    """The official yolov5n: detector, integers W8A8, float graph for 160 px."""
+    from qyolo_deploy.export.float_onnx import export_float
+    from qyolo_deploy.graph.freeze import freeze
+    from qyolo_deploy.graph.simulate import fold_float
+    from qyolo_deploy.models.registry import load_detector
+
+    detector = load_detector(yolov5n_checkpoint, None, None, 0).eval()
+    quantized = freeze(make_prepared(detector, make_scheme(8), photographs), {})
+    return detector, quantized, export_float(fold_float(detector), 160, dynamic=False, opset=21)

@@ -12,14 +12,11 @@ import torch
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
 
-from qyolo_deploy.data.images import list_images, read_image
-from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerConv, fold_float, simulate
-from qyolo_deploy.models.registry import load_detector
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
@@ -63,14 +60,6 @@ def anchor_model(make_detector):
     """A detector with anchors, exported with open shapes."""
     detector = make_detector("yolov5")
     return detector, export_float(fold_float(detector), 64, dynamic=True)
-
-
-@pytest.fixture(scope="module")
-def official(yolov5n_checkpoint, make_prepared, make_scheme):
-    """The official yolov5n: detector, integers W4A8, float graph for 160 px."""
-    detector = load_detector(yolov5n_checkpoint, None, None, 0).eval()
-    quantized = freeze(make_prepared(detector, make_scheme(4)), {})
-    return detector, quantized, export_float(fold_float(detector), 160, dynamic=False, opset=21)
 
 
 # --- float ---
@@ -165,16 +154,16 @@ def test_every_convolution_runs_in_integers(float_model, quantized, tmp_path, st
     assert kinds["QuantizeLinear"] == 1
 
 
-def test_the_official_network_runs_in_integers(official, tmp_path):
+def test_the_official_network_runs_in_integers(official, make_prepared, make_scheme, photographs, tmp_path):
     """And with weights of 4 bits it is a file of at most 0.62 of that in 8 bits, with the same output."""
-    _, quantized, model = official
+    detector, _, model = official
+    quantized = freeze(make_prepared(detector, make_scheme(4), photographs), {})
     files = {storage: insert_qdq(model, quantized, storage=storage) for storage in ("int8", "int4")}
     kinds = Counter(node.op_type for node in optimised(files["int4"], tmp_path).node)
     assert kinds["QLinearConv"] == 60 and kinds["Conv"] == 0 and kinds["QuantizeLinear"] == 1
     size = {storage: len(to_bytes(file)) for storage, file in files.items()}
     assert size["int4"] <= 0.62 * size["int8"]
-    images = some_images(1, 3, 160, 160)
-    np.testing.assert_array_equal(run(files["int4"], images), run(files["int8"], images))
+    np.testing.assert_array_equal(run(files["int4"], photographs[:1]), run(files["int8"], photographs[:1]))
 
 
 def test_storage_in_4_bits_changes_the_file_and_nothing_else(float_model, quantized, images):
@@ -308,15 +297,11 @@ def test_the_engine_has_the_codes_of_the_simulation(static_model, pico, make_pre
         assert_same_codes(qdq, quantized, view, images)
 
 
-def test_the_engine_has_the_codes_of_the_simulation_on_photographs(official, data_root):
+def test_the_engine_has_the_codes_of_the_simulation_on_photographs(official, photographs):
     detector, quantized, model = official
-    files = list_images(data_root / "coco-subset" / "images")[:3]
-    if len(files) < 3:
-        pytest.skip("QYOLO_DATA has no coco-subset/images")
     qdq, view = insert_qdq(model, quantized), simulate(detector, quantized)
-    for file in files:
-        photograph = to_tensor(letterbox(read_image(file), 160, rect=False)[0])
-        assert_same_codes(qdq, quantized, view, torch.from_numpy(photograph))
+    for image in photographs:
+        assert_same_codes(qdq, quantized, view, image[None])
 
 
 # --- the same bytes again ---
