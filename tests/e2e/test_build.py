@@ -147,14 +147,19 @@ def test_ultralytics_reads_the_engine_and_sees_the_same_objects(engine, tiny_bui
     assert (backend.task, backend.stride, backend.imgsz) == ("detect", 32, [128, 128])
     ours = open_engine(path)
     assert tuple(backend.names.values()) == ours.names
-    theirs = decode(np.asarray(backend(torch.from_numpy(scene)))[0], 0.25, 0.6, 300)
-    mine = decode(ours(scene)[0], 0.25, 0.6, 300)
-    assert len(mine.scores) >= 2
-    np.testing.assert_array_equal(theirs.classes, mine.classes)
-    # Ultralytics lets OpenVINO take bfloat16 where the machine has it: 8 bits of mantissa.
-    tolerance = {"onnx": (0, 0), "openvino": (2.0, 0.05)}[engine]
-    np.testing.assert_allclose(theirs.boxes, mine.boxes, rtol=0, atol=tolerance[0])
-    np.testing.assert_allclose(theirs.scores, mine.scores, rtol=0, atol=tolerance[1])
+    output, expected = np.asarray(backend(torch.from_numpy(scene))), ours(scene)
+    if engine == "onnx":
+        np.testing.assert_array_equal(output, expected)
+    # Ultralytics lets OpenVINO take bfloat16 where the machine has it, so what is barely detected may differ.
+    mine, theirs = (decode(found[0], 0.25, 0.6, 300) for found in (expected, output))
+    for found, others in ((mine, theirs), (theirs, mine)):
+        sure = np.flatnonzero(found.scores > 0.4)
+        assert len(sure) >= 2
+        for index in sure:
+            same = others.classes == found.classes[index]
+            off_px = np.abs(others.boxes[same] - found.boxes[index]).max(1)
+            assert off_px.min() < 2
+            assert abs(others.scores[same][off_px.argmin()] - found.scores[index]) < 0.05
 
 
 # --- validate -----------------------------------------------------------------------------------------------
