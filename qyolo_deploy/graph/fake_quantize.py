@@ -96,6 +96,20 @@ def zero_point_of(scale: Tensor, offset: Tensor, qmin: int, qmax: int) -> Tensor
     return torch.clamp(torch.round(-offset / scale), qmin, qmax)
 
 
+@torch.no_grad()
+def round_to_grid(x: Tensor, scale: Tensor, offset: Tensor, spec: QuantSpec) -> Tensor:
+    """What `fake_quantize` gives, without gradients and without compiling anything.
+
+    Args:
+        x: float32 `[rows, n]`.
+        scale: float32 `[rows]`.
+        offset: float32 `[rows]`.
+        spec: The grid.
+    """
+    zero_point = zero_point_of(scale, offset, spec.qmin, spec.qmax)[:, None]
+    return _forward(x, scale[:, None], spec.qmin - zero_point, spec.qmax - zero_point)
+
+
 def _apply(x: Tensor, scale: Tensor, offset: Tensor, qmin: int, qmax: int) -> Tensor:
     output: Tensor = _FakeQuantize.apply(x, scale, offset, qmin, qmax)  # type: ignore[no-untyped-call]
     return output

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer, fake_quantize
+from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer, round_to_grid
 from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.quant.spec import QuantSpec
 
@@ -52,7 +52,7 @@ def search_range(
     wanted = values if seen_as is None else seen_as(values)
 
     def error_of(low: Tensor, high: Tensor) -> Tensor:
-        rounded = fake_quantize(values, *_grid(low, high, spec), spec)
+        rounded = round_to_grid(values, *_grid(low, high, spec), spec)
         return torch.square((rounded if seen_as is None else seen_as(rounded)) - wanted).mean(1)
 
     if spec.signed:

@@ -126,7 +126,7 @@ def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
     names, ends = layer_names(traced)
     layers = {name: layer for name, layer in scheme.resolve(names, ends).items() if layer.weight_bits is not None}
     groups = _join_repeats(network)
-    quantized = _quantized_nodes(network, layers)
+    quantized = _quantized_nodes(network, groups, layers)
     roots = {groups.find(node) for node in quantized}
     layers = {name: layer for name, layer in layers.items() if _readable(network, groups, roots, name)}
     tensors = {
@@ -166,14 +166,18 @@ def _is_hidden_conv(network: _Network, node: fx.Node) -> bool:
     return network.is_conv(node) and network.norm_of(node) is not None
 
 
-def _quantized_nodes(network: _Network, layers: Mapping[str, LayerScheme]) -> list[fx.Node]:
-    """Nodes whose outputs are rounded: outputs and inputs of quantized layers and elementwise operations."""
-    found = []
+def _quantized_nodes(network: _Network, groups: _Groups, layers: Mapping[str, LayerScheme]) -> list[fx.Node]:
+    """Nodes whose outputs are rounded: outputs and inputs of quantized layers, and what is computed from those."""
+    found: list[fx.Node] = []
+    for node in network.convs():
+        if str(node.target) in layers:
+            found += [network.norm_of(node) or node, *node.all_input_nodes]
+    roots = {groups.find(node) for node in found}
     for node in network.nodes:
-        if network.is_conv(node) and str(node.target) in layers:
-            found += [network.norm_of(node) or node, node.args[0]]
-        elif isinstance(network.module(node), (nn.Sigmoid, Mul, Add)):
+        is_elementwise = isinstance(network.module(node), nn.Sigmoid | Mul | Add)
+        if is_elementwise and any(groups.find(source) in roots for source in node.all_input_nodes):
             found.append(node)
+            roots.add(groups.find(node))
     return found
 
 
