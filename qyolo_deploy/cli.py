@@ -214,7 +214,7 @@ def doctor(as_json: Json = False) -> None:
 @recipe_app.command("show")
 def recipe_show(recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")], settings: Settings = None) -> None:
     """Print a recipe with all defaults filled in."""
-    from qyolo_deploy.recipe import load_recipe
+    from qyolo_deploy.recipe_file import load_recipe
 
     print(load_recipe(recipe, settings or ()).to_yaml(), end="")
 
@@ -222,7 +222,7 @@ def recipe_show(recipe: Annotated[Path, typer.Argument(help="Recipe YAML.")], se
 @recipe_app.command("schema")
 def recipe_schema() -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from qyolo_deploy.recipe import recipe_schema as schema
+    from qyolo_deploy.recipe_file import recipe_schema as schema
 
     print(json.dumps(schema(), indent=1))
 
@@ -230,7 +230,7 @@ def recipe_schema() -> None:
 @recipe_app.command("list")
 def recipe_list(folder: Annotated[Path, typer.Argument(help="Folder of recipes.")] = Path("recipes")) -> None:
     """List the recipes of a folder."""
-    from qyolo_deploy.recipe import load_recipe
+    from qyolo_deploy.recipe_file import load_recipe
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of recipes")

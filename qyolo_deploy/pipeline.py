@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from qyolo_deploy._version import __version__
-from qyolo_deploy.artifact import (
-    Artifact,
-    DigestCache,
-    environment_fingerprint,
-    package_versions,
-    sha256_json,
-    write_atomic,
-)
+from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, package_versions, sha256_json
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.synthetic import GENERATOR_VERSION
 from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
-from qyolo_deploy.recipe import SYNTHETIC, Recipe, load_recipe
+from qyolo_deploy.recipe import SYNTHETIC, Recipe
+from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, builtin_weights
 
 _RECORDS = ".stages"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.qparams import QParams
 from qyolo_deploy.quant.spec import QuantSpec

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qyolo_deploy.artifact import FileRecord, atomic_dir, check_relative_path
+from qyolo_deploy.artifact import FileRecord, check_relative_path
+from qyolo_deploy.atomic import atomic_dir
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.release.manifest import (
     MANIFEST_NAME,

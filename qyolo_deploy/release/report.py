@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.errors import RuntimeMissingError
 from qyolo_deploy.release.plots import Bar, Dot, bar_chart, dot_plot, line_chart
 from qyolo_deploy.release.report_text import (

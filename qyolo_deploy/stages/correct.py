@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.errors import IntegrityError
 from qyolo_deploy.graph.freeze import freeze

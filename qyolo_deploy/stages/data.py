@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import check_images, digest_dataset, load_dataset
 from qyolo_deploy.data.synthetic import PARAMETERS_FILE, generate
 from qyolo_deploy.errors import InputError

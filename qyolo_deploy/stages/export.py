@@ -5,7 +5,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qyolo_deploy import __version__
-from qyolo_deploy.artifact import atomic_dir, atomic_path
+from qyolo_deploy.atomic import atomic_dir, atomic_path
 from qyolo_deploy.engines.base import OPENVINO_SUFFIX, engine_files
 from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.export.float_onnx import export_float

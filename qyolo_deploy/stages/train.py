@@ -2,7 +2,7 @@
 
 import json
 
-from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.models.registry import load_detector

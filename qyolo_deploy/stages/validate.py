@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from qyolo_deploy import __version__
-from qyolo_deploy.artifact import environment_fingerprint, sha256_file, write_atomic
+from qyolo_deploy.artifact import environment_fingerprint, sha256_file
+from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import letterbox, to_tensor

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qyolo_deploy.artifact import write_atomic
+from qyolo_deploy.atomic import write_atomic
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:

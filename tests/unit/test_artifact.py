@@ -14,16 +14,13 @@ from qyolo_deploy.artifact import (
     Artifact,
     DigestCache,
     FileRecord,
-    _swap_in,
-    atomic_dir,
-    atomic_path,
     canonical_json,
     check_relative_path,
     environment_fingerprint,
     sha256_file,
     sha256_json,
-    write_atomic,
 )
+from qyolo_deploy.atomic import _swap_in, atomic_dir, atomic_path, write_atomic
 from qyolo_deploy.errors import InputError, IntegrityError
 
 JSON = st.recursive(

@@ -15,7 +15,7 @@ from qyolo_deploy.console import Reporter
 from qyolo_deploy.data.synthetic import generate
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.model import QuantizedModel
-from qyolo_deploy.recipe import load_recipe
+from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.release.verify import verify_release
 
 ALL = ("data", "float", "train", "correct", "export", "validate", "release")

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.spec import LayerScheme
-from qyolo_deploy.recipe import Recipe, load_recipe, recipe_schema
+from qyolo_deploy.recipe import Recipe
+from qyolo_deploy.recipe_file import load_recipe, recipe_schema
 
 SMALL = {"name": "small", "model": {"weights": "model.pt"}, "data": {"source": "data.yaml"}}
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
