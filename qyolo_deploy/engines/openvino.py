@@ -1,6 +1,6 @@
 """OpenVINO on the CPU: building IR from a QDQ ONNX, and running it."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,16 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise RuntimeMissingError("OpenVINO is not installed", hint='pip install "qyolo_deploy[openvino]"') from error
     return openvino
+
+
+@cache
+def _core() -> Any:
+    """One core for the life of the process.
+
+    The CPU plugin of each core registers a stack for signal handlers (for AMX) and frees it at its end. Of several
+    cores, one may put back what another has freed, and the next signal that Python handles ends the process.
+    """
+    return import_openvino().Core()
 
 
 def build_openvino(onnx_file: Path, folder: Path, stem: str, metadata: dict[str, Any]) -> None:
@@ -61,8 +71,8 @@ class OpenVinoRunner:
         xml = _xml_of(path)
         options = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
         try:
-            model = openvino.Core().read_model(xml)
-            self._compile = partial(openvino.compile_model, model, "CPU", options)
+            model = _core().read_model(xml)
+            self._compile = partial(_core().compile_model, model, "CPU", options)
             self._compiled = self._compile()
         except RuntimeError as error:
             reason = " ".join(str(error).split())

@@ -172,7 +172,7 @@ def test_a_killed_writer_leaves_the_older_file(tmp_path):
     file = tmp_path / "f"
     file.write_text("old")
     code = (
-        "import os, sys; from qyolo_deploy.artifact import atomic_path\n"
+        "import os, sys; from qyolo_deploy.atomic import atomic_path\n"
         "with atomic_path(sys.argv[1]) as path:\n    path.write_text('half'); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(file)], check=False).returncode == -9
