@@ -1,5 +1,8 @@
 """What every engine promises, whatever runtime is behind it."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +58,22 @@ def write_openvino(model, path):
     path.mkdir()
     build_openvino(source, path, "model", METADATA)
     source.unlink()
+
+
+_COME_AND_GO = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+from qyolo_deploy.engines.base import open_engine
+images = np.zeros((1, 3, 64, 64), np.float32)
+first = open_engine(Path(sys.argv[1]))
+second = open_engine(Path(sys.argv[1]))
+first(images), second(images)
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("signal"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
 
 
 @pytest.fixture(scope="module", params=[ONNX_RUNTIME, OPENVINO], ids=lambda kind: kind.runtime)
@@ -137,9 +156,7 @@ class TestEngine:
         assert (output.dtype, output.shape) == (np.float32, (1, 10, 84))
         np.testing.assert_allclose(output, engine(images), rtol=1e-4, atol=1e-3)
 
-    @pytest.mark.parametrize(
-        "shape", [(1, 3, 64, 65), (1, 3, 48, 64), (1, 4, 64, 64), (1, 1, 64, 64), (3, 64, 64)], ids=str
-    )
+    @pytest.mark.parametrize("shape", [(1, 3, 48, 65), (1, 4, 64, 64), (3, 64, 64)], ids=str)
     def test_wrong_shapes_are_refused(self, engine, fixed, shape):
         for runner in (engine, fixed):
             with pytest.raises(InputError, match="cannot run on images of shape") as caught:
@@ -212,6 +229,13 @@ class TestEngine:
             with pytest.raises(InputError, match=str(path)):
                 open_engine(path)
 
+    def test_engines_come_and_go_without_harm_to_signals(self, built, repository):
+        """OpenVINO's plugin lends its memory to signal handlers on some processors, and may take it back too early."""
+        environment = {**os.environ, "PYTHONPATH": str(repository)}
+        command = [sys.executable, "-c", _COME_AND_GO, str(built["fixed"])]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert (done.returncode, done.stdout) == (0, "signal\n"), done.stderr
+
     @pytest.mark.parametrize("text", ["[", "names: [a, b]", "names: {0: a, x: b}", "3", "names:\n  - 1: 2\nimgsz: big"])
     def test_odd_metadata_means_no_names(self, kind, copied, text):
         path, files = copied
@@ -243,14 +267,17 @@ def test_a_folder_needs_exactly_one_xml(tmp_path):
         open_engine(tmp_path)
 
 
-def test_openvino_opens_by_folder_and_by_file(float_model, tmp_path):
+def test_openvino_opens_by_folder_and_by_file_and_takes_a_hint(static_model, tmp_path):
     folder = tmp_path / "m_openvino_model"
-    write_openvino(float_model, folder)
-    images = some_images(1, 3, 64, 64)
-    by_file = open_engine(folder / "model.xml")
-    np.testing.assert_array_equal(by_file(images), open_engine(folder)(images))
-    assert by_file.names == NAMES
+    write_openvino(static_model, folder)
     assert sorted(file.name for file in engine_files(folder)) == ["metadata.yaml", "model.bin", "model.xml"]
+    images = some_images(1, 3, 64, 64)
+    by_file, rounded = open_engine(folder / "model.xml"), open_engine(folder, "bf16")
+    assert by_file.names == NAMES
+    assert (by_file.precision_hint, rounded.precision_hint) == ("f32", "bf16")
+    exact = by_file(images)
+    np.testing.assert_array_equal(exact, open_engine(folder)(images))
+    assert np.abs(exact[:, 4:] - rounded(images)[:, 4:]).mean() < 0.05
 
 
 def test_openvino_without_what_is_inside_silu(official, make_prepared, photographs, tmp_path):
@@ -264,12 +291,3 @@ def test_openvino_without_what_is_inside_silu(official, make_prepared, photograp
     score_error, box_error = errors_of(output, expected)
     assert score_error <= 2e-4
     assert box_error <= 0.08
-
-
-def test_openvino_is_asked_for_the_precision_of_the_hint(float_model, tmp_path):
-    folder = tmp_path / "m_openvino_model"
-    write_openvino(float_model, folder)
-    runner = open_engine(folder, "bf16")
-    assert runner.precision_hint == "bf16"
-    exact, rounded = open_engine(folder)(some_images(1, 3, 64, 64)), runner(some_images(1, 3, 64, 64))
-    assert np.abs(exact[:, 4:] - rounded[:, 4:]).max() < 0.2

@@ -364,6 +364,23 @@ def test_no_epochs_leave_everything_as_it_is(dataset, tmp_path):
     assert_same_state(trained.ema, before)
 
 
+def test_mosaic_ends_before_the_last_epochs(dataset, tmp_path):
+    network, seen = make_network(), []
+
+    def step(batch):
+        seen.append({name: batch[name].clone() for name in TENSORS})
+        return network(batch["img"]).square().mean(), {}
+
+    groups, schedule = [ParameterGroup(list(network.parameters()), 0.01)], Schedule(2, 0.0, 0.1, 0.9, close_mosaic=1)
+    loader = make_loader(dataset, mosaic=1.0)
+    fit(network, step, groups, loader, schedule, checkpoint=tmp_path / "c", key="k", set_mode=network.train)
+    with_mosaic, without = make_loader(dataset, mosaic=1.0), make_loader(dataset, mosaic=1.0)
+    without.close_mosaic()
+    assert same_batches(seen[:3], with_mosaic.epoch(0))
+    assert same_batches(seen[3:], without.epoch(1))
+    assert not same_batches(seen[3:], with_mosaic.epoch(1))
+
+
 def test_history_tells_epochs_losses_and_rates(whole):
     history = whole[1].history
     assert [entry["epoch"] for entry in history] == [1, 2, 3]
