@@ -12,7 +12,7 @@ from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.quant.spec import QuantSpec
 
 CANDIDATES = 100
-OUTPUT_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+OUTPUT_SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3)
 _SAMPLES_PER_CALL = 4096
 
 
@@ -108,7 +108,8 @@ def calibrate(model: PreparedModel, batches: Iterable[Tensor], progress: Callabl
 def refine_outputs(
     model: PreparedModel,
     images: Tensor,
-    error: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor],
+    decode: Callable[[Sequence[Tensor]], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
     """Shrinks the ranges of the raw head maps as far as detections gain by it.
 
@@ -118,11 +119,13 @@ def refine_outputs(
     Args:
         model: Calibrated.
         images: float32 `[N, 3, H, W]` in 0..1, from the training split.
-        error: How much detections from the second maps differ from those of the first.
+        decode: Raw head maps to detections.
+        loss: How much detections (first) differ from those of the exact maps (second).
     """
     model.set_activations(False)
     model.set_weights(False)
     maps = model(images)
+    exact = decode(maps)
     model.set_activations(True)
     model.set_weights(True)
     for index, quantizer in enumerate(model.output_quantizers()):
@@ -137,7 +140,7 @@ def refine_outputs(
                 shrunk[end] = share
                 _set(quantizer, *_grid(low * shrunk[0], high * shrunk[1], quantizer.spec))
                 rounded = quantizer(maps[index])
-                losses[share] = error(maps, (*maps[:index], rounded, *maps[index + 1 :])).item()
+                losses[share] = loss(decode((*maps[:index], rounded, *maps[index + 1 :])), exact).item()
             shrunk[end] = min(losses, key=losses.__getitem__)
         _set(quantizer, *_grid(low * shrunk[0], high * shrunk[1], quantizer.spec))
 

@@ -19,7 +19,7 @@ from qyolo_deploy.training.loop import ParameterGroup, Progress, Schedule, fit
 from qyolo_deploy.training.losses import detections_loss, make_step
 
 _CALIBRATION_BATCH = 8
-_REFINING_IMAGES = 4
+_REFINING_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def calibrated(
     batches = calibration_batches(dataset, images, recipe.model.imgsz, _CALIBRATION_BATCH, recipe.train.seed)
     calibrate(model, batches, tick)
     few = torch.cat(list(calibration_batches(dataset, _REFINING_IMAGES, recipe.model.imgsz, 1, recipe.train.seed)))
-    refine_outputs(model, few, lambda exact, rounded: detections_loss(detector.decode(rounded), detector.decode(exact)))
+    refine_outputs(model, few, detector.decode, detections_loss)
     return model
 
 
