@@ -42,7 +42,10 @@ def _sum_to(values: Tensor, shape: torch.Size) -> Tensor:
 
 @cache
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled into one loop; eager, with the same numbers, where there is no compiler."""
+    """The function compiled into one loop, or as it is where there is no compiler.
+
+    Values and gradients to x are the same in both; the sums for scale and offset differ in their last bits.
+    """
     compiled = torch.compile(function, dynamic=True)
     state = {"call": compiled}
 

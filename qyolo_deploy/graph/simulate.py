@@ -1,6 +1,5 @@
 """The torch views of a detector: float with batch normalisation folded, and the fake-quantized `QuantizedModel`."""
 
-import copy
 from copy import deepcopy
 
 import numpy as np
@@ -112,7 +111,7 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
     bias = conv.bias.double() if conv.bias is not None else torch.zeros(conv.out_channels, dtype=torch.float64)
-    fused = copy.deepcopy(conv)
+    fused = deepcopy(conv)
     fused.weight = nn.Parameter((conv.weight.double() * factor[:, None, None, None]).float())
     fused.bias = nn.Parameter((norm.bias.double() + (bias - norm.running_mean.double()) * factor).float())
     return fused
