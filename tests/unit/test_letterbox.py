@@ -13,12 +13,13 @@ def noise(height, width):
 @pytest.mark.parametrize(
     ("size", "rect", "expected", "left", "top"),
     [
-        ((640, 427), True, (640, 448), 0, 10),  # 448 - 427 = 21: 10 above, 11 below
-        ((640, 480), True, (640, 480), 0, 0),
+        # 640 / 32 + 0.5 is rounded up to 21 strides; 427 / 32 + 0.5 to 14, and 448 - 427 = 21: 10 above, 11 below.
+        ((640, 427), True, (672, 448), 16, 10),
+        ((640, 480), True, (672, 512), 16, 16),
         ((640, 427), False, (640, 640), 0, 106),
-        ((500, 333), True, (640, 448), 0, 10),  # 333 * 1.28 = 426.24, rounded up to 427
-        ((300, 600), True, (320, 640), 0, 0),
-        ((375, 500), True, (480, 640), 0, 0),  # 375 * 1.28 is 480 exactly, though not in floats everywhere
+        ((500, 333), True, (672, 448), 16, 10),  # 333 * 1.28 = 426.24, rounded up to 427
+        ((300, 600), True, (352, 672), 16, 16),
+        ((375, 500), True, (512, 672), 16, 16),  # 375 * 1.28 is 480 exactly, though not in floats everywhere
     ],
 )
 def test_the_input_has_the_size_and_padding_of_yolov5(size, rect, expected, left, top):
@@ -33,16 +34,16 @@ def test_the_input_has_the_size_and_padding_of_yolov5(size, rect, expected, left
 def test_an_image_of_the_right_size_is_only_padded():
     image = noise(50, 64)
     padded, _ = letterbox(image, 64)
-    assert (padded[7:57] == image).all()
-    assert (padded[:7] == PAD_VALUE).all()
-    assert (padded[57:] == PAD_VALUE).all()
+    assert (padded[23:73, 16:80] == image).all()
+    for border in (padded[:23], padded[73:], padded[:, :16], padded[:, 80:]):
+        assert (border == PAD_VALUE).all()
 
 
 def test_halving_averages_two_by_two_pixels():
     image = noise(64, 128)
     padded, _ = letterbox(image, 64)
     means = image.reshape(32, 2, 64, 2, 3).mean(axis=(1, 3))
-    assert np.abs(padded - means).max() <= 0.75
+    assert np.abs(padded[16:48, 16:80] - means).max() <= 0.75
 
 
 def test_enlarging_interpolates_between_neighbours():
@@ -50,7 +51,7 @@ def test_enlarging_interpolates_between_neighbours():
     image[:, 16:] = 200
     padded, _ = letterbox(image, 64)
     # Bilinear with pixel centres at halves: 1/4 and 3/4 of the step on the two pixels at the edge.
-    assert padded[10, 30:34, 0].tolist() == [0, 50, 150, 200]
+    assert padded[26, 46:50, 0].tolist() == [0, 50, 150, 200]
 
 
 @settings(deadline=None, max_examples=60)
@@ -65,8 +66,8 @@ def test_enlarging_interpolates_between_neighbours():
 def test_boxes_return_to_the_image(width, height, blocks, stride, rect, corners):
     imgsz = blocks * stride
     padded, placed = letterbox(np.zeros((height, width, 3), np.uint8), imgsz, stride, rect)
-    assert all(side % stride == 0 and side <= imgsz for side in padded.shape[:2])
-    assert max(padded.shape[:2]) == imgsz
+    assert all(side % stride == 0 for side in padded.shape[:2])
+    assert max(padded.shape[:2]) == (imgsz + stride if rect else imgsz)
     box = np.sort(np.array(corners, np.float64).reshape(2, 2), axis=0) * [width, height]
     moved = box * placed.ratio + [placed.pad_x, placed.pad_y]
     assert (moved <= np.array(padded.shape[1::-1]) + 1e-3).all()
