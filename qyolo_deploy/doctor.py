@@ -111,8 +111,8 @@ def _compiler() -> Finding:
 
 
 _PACKAGES = (
-    _Package("onnxruntime", "1.18", "", "running ONNX engines", _onnxruntime_devices),
-    _Package("openvino", "2024.0", "openvino", "building and running OpenVINO engines", _openvino_devices),
+    _Package("onnxruntime", "1.23", "", "running ONNX engines", _onnxruntime_devices),
+    _Package("openvino", "2026.0", "openvino", "building and running OpenVINO engines", _openvino_devices),
     _Package("faster-coco-eval", "1.7", "", "mAP"),
     _Package("pycocotools", "2.0.8", "", "mAP by the reference"),
     _Package("opencv-python", "4.10", "", "reading images"),

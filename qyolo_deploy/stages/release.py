@@ -26,11 +26,8 @@ PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy")
 _FORMATS = {"float": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 _RUNTIME_OF = {"float": "onnxruntime"}
 _RECIPE = "recipe.resolved.yaml"
-# The oldest releases that load what the export stage writes.
-_MINIMUM = {
-    "int8": {"onnxruntime": "1.18", "openvino": "2024.0"},
-    "int4": {"onnxruntime": "1.23", "openvino": "2025.0"},
-}
+# What the package itself requires; older runtimes may load the engines, but none was tried.
+_MINIMUM = {"onnxruntime": "1.23", "openvino": "2026.0"}
 
 
 def run(context: StageContext) -> StageOutput:
@@ -104,6 +101,6 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
         scheme="fp32" if name == "float" else context.artifacts["train"].info["scheme"],
         storage="float32" if name == "float" else storage,
         precision_hint=view["precision_hint"],
-        min_runtime_version=_MINIMUM[storage][runtime],
+        min_runtime_version=_MINIMUM[runtime],
         metrics=metrics | {f"latency_ms_{key}": value for key, value in view["latency_ms"].items()},
     )
