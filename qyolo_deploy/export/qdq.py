@@ -5,17 +5,20 @@ Each pass states what it needs and leaves (`requires`, `ensures`); the tensors a
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.export.saturation import Method, container_of, low_bit_activations, shift_to_top
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
 
+Clipping = Literal["codes", "values"]
+
 _INT4_LIMITS = (-8, 7)
-_ACTIVATION_BITS = 8
 
 
 def insert_qdq(
@@ -24,6 +27,7 @@ def insert_qdq(
     *,
     leave_out: frozenset[str] = frozenset(),
     storage: str = "int8",
+    clip: Clipping = "codes",
 ) -> ir.Model:
     """Makes a QDQ model; the float model is left as it is.
 
@@ -32,13 +36,16 @@ def insert_qdq(
         quantized: Integers, scales and zero points.
         leave_out: Tensors that this target does not quantize although the model was trained with them.
         storage: `int8`, or `int4` for weights whose grid fits.
+        clip: What is clipped where a grid of few bits needs it, and by a ReLU: `codes` keeps ONNX Runtime in
+            integers, `values` is what OpenVINO fuses into the convolution. Both give the same codes.
 
     Returns:
         A model in which every quantized tensor passes QuantizeLinear and DequantizeLinear, weights are integer
-        initializers and biases int32.
+        initializers and biases int32. The codes of activations of fewer bits lie at the top of the 8-bit container,
+        so that it saturates where the grid ends; see `low_bit_activations` for the lower end.
 
     Raises:
-        InputError: If the graph does not have a tensor of the quantized model, or an activation is not of 8 bits.
+        InputError: If the graph does not have a tensor of the quantized model.
     """
     graph_model = model.clone()
     _requires(graph_model.graph, quantized)
@@ -50,6 +57,10 @@ def insert_qdq(
         if name not in leave_out:
             _quantize_value(graph_model.graph, _value(graph_model.graph, name), qparams)
     _repeat_over_splits(graph_model.graph)
+    methods = low_bit_activations(model, quantized, leave_out)
+    for name, qparams in quantized.activations.items():
+        if name not in leave_out:
+            _keep_low_end(graph_model.graph, name, qparams, methods.get(name), clip)
     graph_model.graph.sort()
     _ensures(graph_model.graph, quantized)
     return graph_model
@@ -57,12 +68,8 @@ def insert_qdq(
 
 def _requires(graph: ir.Graph, quantized: QuantizedModel) -> None:
     """Every tensor is there, and every layer is a convolution with constant weights."""
-    for name, qparams in quantized.activations.items():
+    for name in quantized.activations:
         _value(graph, name)
-        if qparams.spec.bits != _ACTIVATION_BITS:
-            raise InputError(
-                f"activation '{name}' has {qparams.spec.bits} bits, but QuantizeLinear clips to {_ACTIVATION_BITS}"
-            )
     for name in quantized.layers:
         node = _value(graph, name).producer()
         if node is None or node.op_type != "Conv" or any(v.const_value is None for v in _constants(node)):
@@ -164,11 +171,15 @@ def _stored_weight(graph: ir.Graph, name: str, layer: QuantizedLayer, storage: s
 
 
 def _quantize_value(graph: ir.Graph, value: ir.Value, qparams: QParams) -> None:
-    """Sends all readers of a value through Q and DQ."""
-    name = value.name
-    container = np.int8 if qparams.spec.signed else np.uint8
+    """Sends all readers of a value through Q and DQ, with the codes at the top of their container.
+
+    The zero point moves by what the grid's bits say, not by what its values need, so that tensors of one grid keep
+    one zero point and a runtime goes on joining and pooling their integers.
+    """
+    name, spec = value.name, qparams.spec
     scale = _constant(graph, f"{name}.scale", qparams.scale)
-    zero_point = _constant(graph, f"{name}.zero_point", qparams.zero_point.astype(container))
+    moved = (qparams.zero_point + shift_to_top(spec)).astype(container_of(spec))
+    zero_point = _constant(graph, f"{name}.zero_point", moved)
     _insert_pair(graph, value, scale, zero_point)
 
 
@@ -190,3 +201,47 @@ def _repeat_over_splits(graph: ir.Graph) -> None:
         assert scale is not None and zero_point is not None
         for part in node.outputs:
             _insert_pair(graph, part, scale, zero_point)
+
+
+def _keep_low_end(graph: ir.Graph, name: str, qparams: QParams, method: Method | None, clip: Clipping) -> None:
+    if method == "clip" and clip == "codes":
+        _clip_codes(graph, name, qparams, qparams.spec.qmin)
+    elif method == "clip":
+        _clip_values(graph, name, qparams)
+    elif clip == "codes":
+        _relu_in_codes(graph, name, qparams)
+
+
+def _clip_values(graph: ir.Graph, name: str, qparams: QParams) -> None:
+    """Clips a tensor before it is rounded, at the ends of its grid; divided by the scale, they are its end codes."""
+    value = _value(graph, name)
+    low, high = qparams.dequantize(np.array([qparams.spec.qmin, qparams.spec.qmax]))
+    ends = [_constant(graph, f"{name}.{key}", np.asarray(end)) for key, end in (("low", low), ("high", high))]
+    (quantize,) = (use.node for use in value.uses())
+    quantize.replace_input_with(0, _add_node(graph, "Clip", [value, *ends], f"{name}.clipped"))
+
+
+def _clip_codes(graph: ir.Graph, name: str, qparams: QParams, lowest: int) -> None:
+    """Clips a tensor after it is rounded, at one of the grid's codes."""
+    spec, codes = qparams.spec, _value(graph, f"{name}.quantized")
+    readers = list(codes.uses())
+    low = _constant(graph, f"{name}.low", np.asarray(lowest + shift_to_top(spec), container_of(spec)))
+    clipped = _add_node(graph, "Clip", [codes, low], f"{name}.clipped")
+    for use in readers:
+        use.node.replace_input_with(use.idx, clipped)
+
+
+def _relu_in_codes(graph: ir.Graph, name: str, qparams: QParams) -> None:
+    """Clips codes at zero instead of the values before them.
+
+    ONNX Runtime takes a ReLU between a convolution and its rounding away where the container ends at zero; anywhere
+    else it computes both in float.
+    """
+    value, spec = _value(graph, name), qparams.spec
+    relu, zero_point = value.producer(), int(qparams.zero_point)
+    if relu is None or relu.op_type != "Relu" or zero_point + shift_to_top(spec) == np.iinfo(container_of(spec)).min:
+        return
+    (quantize,) = (use.node for use in value.uses())
+    quantize.replace_input_with(0, relu.inputs[0])
+    graph.remove(relu, safe=True)
+    _clip_codes(graph, name, qparams, zero_point)
