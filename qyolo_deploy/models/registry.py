@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ BUILDERS: Mapping[str, Callable[[ModelSpec], Detector]] = {
     "yolov5": build_yolov5,
     "ultralytics": build_ultralytics,
 }
+
+
+_ACTIVATIONS = {"hardswish": "nn.Hardswish()", "relu": "nn.ReLU()"}
 
 
 def load_detector(weights: Path | None, architecture: str | None, names: Sequence[str] | None, seed: int) -> Detector:
@@ -113,6 +117,27 @@ def load_state(detector: Detector, state: Mapping[str, Tensor], new_head: bool =
         )
     detector.core.load_state_dict(taken, strict=False)
     return tuple(skipped)
+
+
+def detector_of(architecture: Mapping[str, Any]) -> Detector:
+    """A detector of the architecture that a `QuantizedModel` records; its weights are of no use."""
+    with torch.random.fork_rng(devices=[]):
+        return _build_seeded(ModelSpec.from_json(architecture), 0)
+
+
+def with_activation(detector: Detector, activation: str) -> Detector:
+    """A detector of the same weights in which SiLU is replaced.
+
+    Args:
+        detector: Left as it is.
+        activation: `hardswish` or `relu`.
+    """
+    spec = detector.spec
+    config = {**copy.deepcopy(spec.config), "activation": _ACTIVATIONS[activation]}
+    with torch.random.fork_rng(devices=[]):
+        changed = _build_seeded(ModelSpec(spec.family, config, spec.names, spec.strides), 0)
+    load_state(changed, detector.core.state_dict())
+    return changed
 
 
 def with_names(spec: ModelSpec, names: Sequence[str]) -> ModelSpec:

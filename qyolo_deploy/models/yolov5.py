@@ -11,6 +11,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.models.base import Detector, ModelSpec
 from qyolo_deploy.models.decode import AnchorDecode
 from qyolo_deploy.models.yolov5_blocks import Concat, DetectConvs, anchors_in_pixels, build_layers
+from qyolo_deploy.models.yolov5_loss import anchor_loss
 
 _STRIDE_PROBE = 256  # pixels a side, a multiple of every stride
 
@@ -57,15 +58,13 @@ class Yolov5Detector(Detector):
         _initialise_head(head, spec)
 
     def loss(self, raw_maps: Sequence[Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Refuse: this family has no label loss yet.
+        """Return the loss of YOLOv5's training: CIoU, and cross-entropy of objectness and classes.
 
-        Raises:
-            InputError: Always.
+        Its gains are the published ones. The core may meanwhile be a quantized graph, since nothing but
+        the maps is used.
         """
-        raise InputError(
-            "An anchor-based YOLOv5 trains by distillation from its float model; it has no label loss yet.",
-            hint="Choose a distillation loss in the recipe's train section.",
-        )
+        assert isinstance(self.decode, AnchorDecode)
+        return anchor_loss(raw_maps, batch, self.decode.anchors, self.spec.strides)
 
 
 def build_yolov5(spec: ModelSpec) -> Yolov5Detector:

@@ -147,10 +147,18 @@ def test_builds_are_reproducible_by_seed(tmp_path):
     assert not torch.equal(first.core.state_dict()[weight], other.core.state_dict()[weight])
 
 
-def test_label_loss_is_refused_with_the_reason():
-    model = detector()
-    with pytest.raises(InputError, match="trains by distillation"):
-        model.loss(model.core(torch.rand(1, 3, 64, 64)), {})
+def test_label_loss_trains_every_layer():
+    model = detector(nc=2)
+    batch = {
+        "img": torch.rand(2, 3, 64, 96),
+        "cls": torch.tensor([[1.0], [0.0]]),
+        "bboxes": torch.tensor([[0.5, 0.4, 0.3, 0.5], [0.2, 0.7, 0.9, 0.6]]),
+        "batch_idx": torch.tensor([0.0, 1.0]),
+    }
+    total, parts = model.loss(model.core(batch["img"]), batch)
+    assert total.item() == pytest.approx(2 * sum(parts.values())) and min(parts.values()) > 0
+    total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.core.parameters())
 
 
 def test_named_activation_replaces_silu():
