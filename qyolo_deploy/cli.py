@@ -1,6 +1,7 @@
 """The `qyolo` command: arguments, tables, JSON and exit codes."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -28,6 +29,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+demo_app = typer.Typer(help="See in seconds what the methods do.", no_args_is_help=True)
+app.add_typer(demo_app, name="demo")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
@@ -90,10 +93,12 @@ def build(
     """Train, correct, export, validate and release, as far as it is not done yet."""
     from qyolo_deploy.pipeline import build as run_build
 
+    if is_follower := os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun; the first one talks
+        quiet = True
     result = run_build(recipe, settings or (), data, out, until, force, Reporter(quiet))
     if not quiet:
         _print_build(result.to_json())
-    if as_json:
+    if as_json and not is_follower:
         print(json.dumps(result.to_json()))
     if failed := [gate for gate in result.gates if not gate["passed"]]:
         if not as_json:
@@ -246,3 +251,23 @@ def recipe_list(folder: Annotated[Path, typer.Argument(help="Folder of recipes."
             escape(recipe.description),
         )
     _stdout().print(table)
+
+
+@demo_app.command("oscillation")
+def demo_oscillation(
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("oscillation.html"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the simulated inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show on toy regressions why quantized weights oscillate, and what an EMA does about it."""
+    from qyolo_deploy.stages.demo import error_table, frequency_table, run_oscillation
+
+    numbers = run_oscillation(out, seed)
+    for head, rows in (frequency_table(numbers), error_table(numbers)):
+        table = _table(*head)
+        for row in rows:
+            table.add_row(*row)
+        _stdout().print(table)
+    _stdout().print(f"page: {out}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"page": str(out), **numbers}))

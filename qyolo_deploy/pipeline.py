@@ -17,6 +17,7 @@ from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
+from qyolo_deploy.data.images import list_images
 from qyolo_deploy.data.synthetic import GENERATOR_VERSION
 from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
 from qyolo_deploy.recipe import SYNTHETIC, Recipe
@@ -50,18 +51,18 @@ class Stage:
 STAGES = (
     Stage("data", 1, "data", ("data",)),
     Stage("float", 1, "float_model", ("model", "float"), ("data",)),
-    Stage("train", 1, "train", ("model", "data", "quantization", "train"), ("data", "float")),
-    Stage("correct", 1, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
+    Stage("train", 2, "train", ("model", "data", "quantization", "train"), ("data", "float")),
+    Stage("correct", 2, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
-        1,
+        2,
         "export",
         ("name", "description", "model", "export", "release"),
         ("float", "train", "correct"),
     ),
     Stage(
         "validate",
-        1,
+        2,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),
@@ -142,8 +143,29 @@ def build(
         if value is not None and value not in [stage.name for stage in STAGES]:
             raise InputError(f"--{argument} {value}: expected one of {', '.join(stage.name for stage in STAGES)}")
     loaded = load_recipe(Path(recipe), settings)
-    plan = _Plan(loaded, Path(recipe), data)
-    folder = Path(out) / loaded.name
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if rank:
+        importlib.import_module("qyolo_deploy.stages.follow").follow()
+        return BuildResult(Path(out) / loaded.name, (), (), (), ())
+    try:
+        return _build_first(loaded, Path(recipe), data, Path(out), until, force, reporter)
+    finally:
+        if world > 1:
+            importlib.import_module("qyolo_deploy.stages.follow").dismiss_others()
+
+
+def _build_first(
+    loaded: Recipe,
+    recipe: Path,
+    data: str | Path | None,
+    out: Path,
+    until: str | None,
+    force: str | None,
+    reporter: Reporter | None,
+) -> BuildResult:
+    """The build itself, which of several processes the first one does."""
+    plan = _Plan(loaded, recipe, data)
+    folder = out / loaded.name
     with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
         return _Build(plan, folder, reporter or Reporter(quiet=True), digests).run(until, force)
 
@@ -155,6 +177,8 @@ class _Plan:
         self.recipe = recipe
         source = str(data) if data is not None else recipe.data.source
         self.source = None if source == SYNTHETIC else find_input(source, path)
+        unlabeled = recipe.data.unlabeled
+        self.unlabeled = None if unlabeled is None else find_input(unlabeled, path, "data.unlabeled")
         weights = recipe.model.weights
         self.weights: Path | None = None
         if weights is not None:
@@ -176,6 +200,11 @@ class _Plan:
         elif stage.name == "data" and self.source is not None:
             for split in ("train", "val"):
                 found[split] = digest_dataset(load_dataset(self.source, split), sha256)
+        if stage.name == "data" and self.unlabeled is not None:
+            images = [[str(path.relative_to(self.unlabeled)), sha256(path)] for path in list_images(self.unlabeled)]
+            found["unlabeled"] = sha256_json(images)
+        if stage.name == "train":
+            found["inside activations"] = str("onnxruntime" in self.recipe.export.targets)
         if stage.name == "float" and self.weights is not None:
             found["weights"] = sha256(self.weights)
         if stage.name == "float" and self.architecture is not None and Path(self.architecture).is_file():
@@ -258,6 +287,7 @@ class _Build:
                 folder=self._folder,
                 key=key,
                 source=self._plan.source,
+                unlabeled=self._plan.unlabeled,
                 weights=self._plan.weights,
                 architecture=self._plan.architecture,
                 artifacts=self._artifacts,

@@ -21,11 +21,14 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The float detector to start from."""
+    """The float detector to start from, and what the quantized one changes about it."""
 
     weights: str | None = Field(None, description="Checkpoint (.pt or .safetensors), or `builtin:quickstart`")
     architecture: str | None = Field(None, description="Name such as yolo11n or a model YAML; needed without weights")
     imgsz: Annotated[int, Field(ge=32, multiple_of=32)] = 640
+    activation: Literal["hardswish", "relu"] | None = Field(
+        None, description="Replaces SiLU, which costs more than an int8 convolution; training has to heal it"
+    )
 
     @model_validator(mode="after")
     def _has_source(self) -> "ModelSection":
@@ -47,6 +50,7 @@ class DataSection(Section):
 
     source: str = Field(description="Dataset YAML, its folder, or `synthetic`")
     synthetic: SyntheticSection = SyntheticSection()
+    unlabeled: str | None = Field(None, description="Folder of images without labels, for distillation")
     calibration_images: Positive = Field(64, description="Images of the training split that set the first scales")
 
 
@@ -55,19 +59,23 @@ class WeightsSection(Section):
 
     bits: Bits = 8
     granularity: Granularity = "per_tensor"
+    narrow_range: bool = Field(False, description="Leave out the lowest level, so that the grid is symmetric")
 
 
 class ActivationsSection(Section):
-    """Grid of the convolution inputs; unsigned with a zero point."""
+    """Grid of the convolution inputs."""
 
-    bits: Literal[8] = 8
+    bits: Bits = 8
+    grid: Literal["asymmetric", "unsigned"] = Field(
+        "asymmetric", description="With a learned offset (LSQ+), or without one, which loses values below 0"
+    )
 
 
 class OverrideSection(Section):
     """Bits of the layers that a glob matches."""
 
     weights: Bits
-    activations: Literal[8] = 8
+    activations: Bits = 8
 
 
 class QuantizationSection(Section):
@@ -75,7 +83,11 @@ class QuantizationSection(Section):
 
     weights: WeightsSection = WeightsSection()
     activations: ActivationsSection = ActivationsSection()
-    first_last_bits: Literal[8] = 8
+    first_last_bits: Bits = 8
+    observer: Literal["mse", "minmax", "moving_average", "percentile", "entropy"] = Field(
+        "mse", description="How the first activation ranges are found"
+    )
+    match_moments: bool = Field(True, description="Start with each channel's mean and spread as in the float model")
     overrides: dict[str, OverrideSection] = {}
     keep_float: tuple[str, ...] = ()
 
@@ -84,8 +96,11 @@ class QuantizationSection(Section):
         weights = self.weights
         axis = 0 if weights.granularity == "per_channel" else None
         return QuantScheme(
-            weights=QuantSpec(weights.bits, granularity=weights.granularity, axis=axis),
+            weights=QuantSpec(
+                weights.bits, narrow_range=weights.narrow_range, granularity=weights.granularity, axis=axis
+            ),
             activations=QuantSpec(self.activations.bits, signed=False),
+            offset=self.activations.grid == "asymmetric",
             first_last_bits=self.first_last_bits,
             overrides={glob: LayerScheme(entry.weights, entry.activations) for glob, entry in self.overrides.items()},
             keep_float=self.keep_float,
@@ -113,7 +128,16 @@ class TrainingSection(Section):
     lr: Rate
     final_lr: Fraction = Field(0.01, description="Last learning rate as a share of the first (cosine)")
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.5
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: Annotated[float, Field(ge=0, lt=1, description="Of SGD (Nesterov)")] = 0.937
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Rate = 10.0
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 autocasts convolutions; quantizers and losses stay in float32"
+    )
+    patience: Positive | None = Field(
+        None, description="Validate the EMA after each epoch, stop after so many without a better mAP, keep the best"
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.998
     augment: AugmentSection = AugmentSection()
     images: Positive | None = Field(None, description="Train on this many images of the split, chosen by seed")
@@ -136,12 +160,40 @@ class LossSection(Section):
     labels: Annotated[float, Field(ge=0, description="Detection loss of the architecture, on the labels")] = 0.0
     logits: Annotated[float, Field(ge=0, description="Raw head maps against the float model's")] = 1.0
     detections: Annotated[float, Field(ge=0, description="Boxes and scores against the float model's")] = 1.0
+    features: Annotated[float, Field(ge=0, description="Outputs of the blocks against the float model's")] = 0.0
 
     @model_validator(mode="after")
     def _has_part(self) -> "LossSection":
-        if self.labels == 0 and self.logits == 0 and self.detections == 0:
-            raise ValueError("expected a positive weight for labels, logits or detections")
+        if not (self.labels or self.logits or self.detections or self.features):
+            raise ValueError("expected a positive weight for labels, logits, detections or features")
         return self
+
+
+class GradientSection(Section):
+    """What is done to gradients beyond the straight-through rule."""
+
+    lsq_scale: bool = Field(False, description="Scale gradients times 1 / sqrt(N qmax), as LSQ does; for SGD")
+    margin: Annotated[
+        float, Field(ge=0, lt=0.5, description="Values this near to a rounding threshold do not move scales, in steps")
+    ] = 0.0
+    latent_damping: Annotated[
+        float, Field(ge=0, description="k in exp(-k |round(w/s) - w/s|) on the gradient to weights")
+    ] = 0.0
+
+
+class DampeningSection(Section):
+    """Pulls latent weights to their levels (Nagel 2022), more and more until the end."""
+
+    weight: Rate = Field(0.001, description="lambda at the end, on the sum over all weights")
+    start: Annotated[float, Field(ge=0, lt=1, description="Share of training without it")] = 0.25
+
+
+class FreezingSection(Section):
+    """Fixes weights of low-bit layers that oscillate more often than a falling threshold (Nagel 2022)."""
+
+    first: Fraction = 0.04
+    last: Fraction = 0.01
+    start: Annotated[float, Field(ge=0, lt=1, description="Share of training without it")] = 0.0
 
 
 class TrainSection(TrainingSection):
@@ -151,6 +203,19 @@ class TrainSection(TrainingSection):
     lr: Rate = 0.0005
     scale_lr: Rate = Field(0.001, description="Learning rate of scales and offsets, relative to each scale")
     loss: LossSection = LossSection()
+    norm: Literal["running", "batch"] = Field(
+        "running", description="Statistics of batch normalisation; those of batches harm short runs on little data"
+    )
+    reestimate_norm: Annotated[
+        int, Field(ge=0, description="Batches whose statistics replace the running ones at the end")
+    ] = 0
+    gradient: GradientSection = GradientSection()
+    oscillation_momentum: Annotated[float, Field(gt=0, lt=1, description="m of the oscillation frequency")] = 0.01
+    dampening: DampeningSection | None = None
+    freezing: FreezingSection | None = None
+    backbone_first: Annotated[
+        float, Field(ge=0, lt=1, description="Share of training in which only the backbone is quantized")
+    ] = 0.0
 
 
 class CorrectSection(Section):
@@ -247,6 +312,13 @@ class Recipe(Section):
     def _square_when_static(self) -> "Recipe":
         if self.validate_.rect and not self.export.dynamic:
             raise ValueError("validate.rect needs export.dynamic: engines of a fixed size take square images")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_of_all_tiles(self) -> "Recipe":
+        """A mosaic of labelled and unlabelled images would teach that the latter show nothing."""
+        if self.data.unlabeled and self.train.loss.labels and self.train.augment.mosaic:
+            raise ValueError("train.augment.mosaic: expected 0 where loss.labels trains beside data.unlabeled")
         return self
 
     @model_validator(mode="after")

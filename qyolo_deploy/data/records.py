@@ -44,6 +44,7 @@ class DetectionDataset:
         classes: For each image int64 `[n]`, the class of each box.
         ground_truth: COCO-format dict of images, annotations and categories, crowds included: for evaluation.
         annotation_file: The COCO JSON that the boxes come from, None where they come from YOLO labels.
+        labeled: How many of the images, counted from the first, have annotations; None for all.
     """
 
     source: Path
@@ -55,6 +56,7 @@ class DetectionDataset:
     classes: tuple[NDArray[np.int64], ...]
     ground_truth: dict[str, Any]
     annotation_file: Path | None
+    labeled: int | None = None
 
     def __len__(self) -> int:
         """Return the number of images."""

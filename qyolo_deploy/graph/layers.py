@@ -31,6 +31,11 @@ class QuantConv(nn.Module):
         conv: The float convolution.
         norm: Its batch normalisation, if it has one.
         spec: Grid of the weights; None keeps the layer in float.
+
+    Attributes:
+        norm_momentum: With a number, batch normalisation uses the statistics of the batch and moves the running ones
+            towards them by that share; None uses the running ones.
+        frozen: Mask and integers of weights that no longer learn, each of the weight's shape.
     """
 
     mean: Tensor
@@ -60,6 +65,8 @@ class QuantConv(nn.Module):
         self.log_gain = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.shift = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.quantizer = Quantizer(spec, channels) if spec is not None else None
+        self.norm_momentum: float | None = None
+        self.frozen: tuple[Tensor, Tensor] | None = None
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Factor and bias, each `[C_out]`, of what follows the convolution."""
@@ -71,9 +78,43 @@ class QuantConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 `[N, C_in, H, W]` to `[N, C_out, H', W']`."""
-        weight = self.quantizer(self.weight) if self.quantizer is not None else self.weight
+        weight = self.quantized_weight()
+        if self.has_norm and self.norm_momentum is not None:
+            return self._normalise(self.convolve(x, weight), self.norm_momentum)
         factor, bias = self.affine()
         return self.convolve(x, weight * factor[:, None, None, None], bias)
+
+    def quantized_weight(self) -> Tensor:
+        """The weights on their grid, float32 `[C_out, C_in / groups, kH, kW]`; of a float layer as they are."""
+        if self.quantizer is None:
+            return self.weight
+        weight: Tensor = self.quantizer(self.weight)
+        if self.frozen is None or not self.quantizer.enabled:
+            return weight
+        mask, integers = self.frozen
+        # In the integer domain, so that the scale goes on learning (Nagel 2022, section 4.3).
+        return torch.where(mask, integers * self.weight_scale(), weight)
+
+    def weight_scale(self) -> Tensor:
+        """Step size of the weights, broadcastable to them."""
+        assert self.quantizer is not None
+        return self.quantizer.scale.reshape(-1, 1, 1, 1)
+
+    def _normalise(self, x: Tensor, momentum: float) -> Tensor:
+        """Batch normalisation by the statistics of the batch; gain and shift are not learned in this mode."""
+        return F.batch_norm(
+            x, self.mean, self.var, self.gamma, self.beta, training=True, momentum=momentum, eps=self.eps
+        )
+
+    @torch.no_grad()
+    def rescale_(self, gain: Tensor, shift: Tensor) -> None:
+        """Makes the output `gain * output + shift`; gain is positive, both are `[C_out]`."""
+        if self.has_norm:
+            self.gamma.mul_(gain)
+            self.beta.mul_(gain).add_(shift)
+        else:
+            self.log_gain.add_(gain.log())
+            self.shift.mul_(gain).add_(shift)
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -29,7 +29,9 @@ class Placement:
         specs: Group name -> grid.
         repeats: Tensors that only repeat their group's values (Concat, pooling, resizing): quantizing them again
             changes nothing, but a runtime wants to see it.
-        inner: Tensors inside a SiLU (its input and its sigmoid), which some runtimes fuse away.
+        inner: Tensors between a convolution and the result of its activation (the input of SiLU or HardSwish, the
+            sigmoid of SiLU), which some runtimes fuse away.
+        offset: Whether activations have an offset.
     """
 
     layers: Mapping[str, LayerScheme]
@@ -38,6 +40,7 @@ class Placement:
     specs: Mapping[str, QuantSpec]
     repeats: frozenset[str]
     inner: frozenset[str]
+    offset: bool = True
 
 
 class _Network:
@@ -109,15 +112,17 @@ def layer_names(traced: fx.GraphModule) -> tuple[list[str], list[str]]:
     return [str(node.target) for node in convs], [str(convs[0].target), *last]
 
 
-def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
+def place(traced: fx.GraphModule, scheme: QuantScheme, inside_activations: bool = True) -> Placement:
     """Applies the rules to a traced network.
 
     Args:
         traced: From `trace`.
         scheme: Bits by layer.
+        inside_activations: Whether tensors inside activations are quantized, which ONNX Runtime needs to stay in
+            integers and which keeps OpenVINO and TensorRT from fusing.
 
     Returns:
-        The placement for the runtime with the most quantized tensors (ONNX Runtime); others leave `inner` out.
+        The placement. One that was made for several runtimes is the fullest; others leave its `inner` out.
 
     Raises:
         InputError: For a glob of the scheme that matches no layer.
@@ -129,11 +134,14 @@ def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
     quantized = _quantized_nodes(network, groups, layers)
     roots = {groups.find(node) for node in quantized}
     layers = {name: layer for name, layer in layers.items() if _readable(network, groups, roots, name)}
+    inner = frozenset(_inner_names(network))
+    unseen = frozenset(_before_relu(network)) | (frozenset() if inside_activations else inner)
     tensors = {
         str(network.owner(node).target): str(network.owner(groups.find(node)).target)
         for node in network.nodes
         if network.is_named(node) and groups.find(node) in roots and not _is_hidden_conv(network, node)
     }
+    tensors = {name: group for name, group in tensors.items() if name not in unseen}
     bits = _group_bits(network, groups, layers)
     return Placement(
         layers=layers,
@@ -148,7 +156,8 @@ def place(traced: fx.GraphModule, scheme: QuantScheme) -> Placement:
             str(node.target) for node in network.nodes if node.op == "call_module" and network.repeats(node)
         )
         & set(tensors),
-        inner=frozenset(_inner_names(network)) & set(tensors),
+        inner=inner & set(tensors),
+        offset=scheme.offset,
     )
 
 
@@ -174,7 +183,7 @@ def _quantized_nodes(network: _Network, groups: _Groups, layers: Mapping[str, La
             found += [network.norm_of(node) or node, *node.all_input_nodes]
     roots = {groups.find(node) for node in found}
     for node in network.nodes:
-        is_elementwise = isinstance(network.module(node), nn.Sigmoid | Mul | Add)
+        is_elementwise = isinstance(network.module(node), nn.Sigmoid | nn.ReLU | nn.Hardswish | Mul | Add)
         if is_elementwise and any(groups.find(source) in roots for source in node.all_input_nodes):
             found.append(node)
             roots.add(groups.find(node))
@@ -219,6 +228,24 @@ def _inner_names(network: _Network) -> Iterable[str]:
             assert isinstance(source, fx.Node)
             if len(source.users) == 2:  # the gate and the product: nobody else sees the value before SiLU
                 yield str(network.owner(source).target)
+
+        if isinstance(network.module(node), nn.Hardswish) and (name := _only_reader_of(network, node)):
+            yield name
+
+
+def _before_relu(network: _Network) -> Iterable[str]:
+    """Convolutions whose result only a ReLU reads: both are one kernel everywhere, which clips at 0 by itself."""
+    for node in network.nodes:
+        if isinstance(network.module(node), nn.ReLU) and (name := _only_reader_of(network, node)):
+            yield name
+
+
+def _only_reader_of(network: _Network, node: fx.Node) -> str | None:
+    """Name of the convolution whose result nobody but this node reads."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    is_conv = network.is_conv(network.owner(source))
+    return str(network.owner(source).target) if is_conv and len(source.users) == 1 else None
 
 
 def _is_silu_gate(network: _Network, node: fx.Node) -> bool:

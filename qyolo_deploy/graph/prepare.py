@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qyolo_deploy.graph.fake_quantize import Quantizer
+from qyolo_deploy.graph.features import expose_blocks
+from qyolo_deploy.graph.fused_silu import fuse_silu
 from qyolo_deploy.graph.layers import QuantConv
 from qyolo_deploy.graph.placement import Placement, place
 from qyolo_deploy.graph.trace import trace
@@ -23,19 +25,28 @@ class PreparedModel(nn.Module):
         placement: Where it is quantized.
         spec: The architecture.
         scheme: Bits by layer.
+        maps: Number of raw head maps among the graph's outputs, which come first.
     """
 
-    def __init__(self, graph: fx.GraphModule, placement: Placement, spec: ModelSpec, scheme: QuantScheme) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, placement: Placement, spec: ModelSpec, scheme: QuantScheme, maps: int
+    ) -> None:
         super().__init__()
+        self._maps = maps
         self.graph = graph
         self.placement = placement
         self.spec = spec
         self.scheme = scheme
+        self.tracker: nn.Module | None = None  # of oscillations, while it trains
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Float32 `[N, 3, H, W]` in 0..1 to the raw head maps."""
-        maps: tuple[Tensor, ...] = self.graph(images)
-        return maps
+        return self.features(images)[0]
+
+    def features(self, images: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Raw head maps, and the outputs of the blocks (see `expose_blocks`)."""
+        outputs: tuple[Tensor, ...] = self.graph(images)
+        return outputs[: self._maps], outputs[self._maps :]
 
     def convs(self) -> dict[str, QuantConv]:
         """Convolution name -> module, in order of execution, float ones too."""
@@ -54,8 +65,8 @@ class PreparedModel(nn.Module):
 
     def output_quantizers(self) -> list[Quantizer | None]:
         """Quantizer of each raw head map; None where the map stays float."""
-        output = next(node for node in self.graph.graph.nodes if node.op == "output")
-        modules = [self.graph.get_submodule(str(node.target)) for node in output.all_input_nodes]
+        maps = list(self.graph.graph.output_node().args[0])[: self._maps]  # type: ignore[arg-type]
+        modules = [self.graph.get_submodule(str(node.target)) for node in maps]
         return [module if isinstance(module, Quantizer) else None for module in modules]
 
     def set_activations(self, enabled: bool) -> None:
@@ -77,24 +88,27 @@ class PreparedModel(nn.Module):
                 module.clamp_()
 
 
-def prepare(detector: Detector, scheme: QuantScheme) -> PreparedModel:
+def prepare(detector: Detector, scheme: QuantScheme, inside_activations: bool = True) -> PreparedModel:
     """Makes a fake-quantized copy of a float detector; scales still have to be calibrated.
 
     Args:
         detector: The float network with its weights.
         scheme: Bits by layer.
+        inside_activations: See `place`.
 
     Raises:
         InputError: If the network cannot be traced or a glob matches no layer.
     """
     traced = trace(detector.core.eval())
-    placement = place(traced, scheme)
+    placement = place(traced, scheme, inside_activations)
+    maps = expose_blocks(traced)
     _replace_convs(traced, placement, scheme.weights)
     _insert_quantizers(traced, placement)
+    traced.delete_all_unused_submodules()
+    fuse_silu(traced)
     traced.graph.lint()
     traced.recompile()
-    traced.delete_all_unused_submodules()
-    return PreparedModel(traced, placement, detector.spec, scheme)
+    return PreparedModel(traced, placement, detector.spec, scheme, maps)
 
 
 def _replace_convs(traced: fx.GraphModule, placement: Placement, weights: QuantSpec) -> None:
@@ -118,7 +132,7 @@ def _replace_convs(traced: fx.GraphModule, placement: Placement, weights: QuantS
 
 def _insert_quantizers(traced: fx.GraphModule, placement: Placement) -> None:
     for group, spec in placement.specs.items():
-        traced.add_submodule(f"{_QUANTIZERS}.{group}", Quantizer(spec))
+        traced.add_submodule(f"{_QUANTIZERS}.{group}", Quantizer(spec, offset=placement.offset))
     for node in list(traced.graph.nodes):
         name = str(node.target)
         if name not in placement.groups or name in placement.repeats:

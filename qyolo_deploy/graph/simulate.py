@@ -28,7 +28,11 @@ class FixedQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 of any shape to float32 of the same shape."""
-        return torch.div(x, self.scale).round_().clamp_(self.low, self.high).mul_(self.scale)
+        return self.from_codes(torch.div(x, self.scale))
+
+    def from_codes(self, x: Tensor) -> Tensor:
+        """The same for values that are in steps already; changes them in place."""
+        return x.round_().clamp_(self.low, self.high).mul_(self.scale)
 
 
 class IntegerConv(nn.Module):
@@ -43,30 +47,32 @@ class IntegerConv(nn.Module):
         conv: The geometry.
         layer: Integers and weight scales.
         source: Parameters of the input.
-        target: Parameters of the output.
+        target: Parameters of the output; None leaves it as the accumulator has it, for a fused activation to read.
     """
 
     weight: Tensor
     bias: Tensor
     ratio: Tensor
 
-    def __init__(self, conv: nn.Conv2d, layer: QuantizedLayer, source: QParams, target: QParams) -> None:
+    def __init__(self, conv: nn.Conv2d, layer: QuantizedLayer, source: QParams, target: QParams | None) -> None:
         super().__init__()
         self.convolve = convolution_like(conv)
         self.register_buffer("weight", torch.from_numpy(layer.weight.astype(np.float32)))
         self.register_buffer("bias", torch.from_numpy(layer.bias.astype(np.float32)))
-        ratio = source.scale * layer.qparams.scale / target.scale
+        ratio = source.scale * layer.qparams.scale
+        self.input_scale = float(source.scale)
+        self.output = None if target is None else FixedQuantizer(target)
+        if target is not None:
+            ratio = ratio / target.scale
         self.register_buffer("ratio", torch.from_numpy(ratio)[:, None, None])
-        self.input_scale, self.output_scale = float(source.scale), float(target.scale)
-        self.low = target.spec.qmin - int(target.zero_point)
-        self.high = target.spec.qmax - int(target.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 `[N, C_in, H, W]` on the input's grid to float32 `[N, C_out, H', W']` on the output's."""
         codes = torch.round(x / self.input_scale)
         sums = self.convolve(codes, self.weight)
         sums += self.bias[:, None, None]
-        return torch.round(sums * self.ratio).clamp_(self.low, self.high).mul_(self.output_scale)
+        sums *= self.ratio
+        return sums if self.output is None else self.output.from_codes(sums)
 
 
 class View(nn.Module):
@@ -131,7 +137,7 @@ def simulate(detector: Detector, quantized: QuantizedModel) -> View:
     for name, layer in quantized.layers.items():
         conv = core.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        source, target = quantized.activations[layer.input], quantized.activations[name]
+        source, target = quantized.activations[layer.input], quantized.activations.get(name)
         core.add_submodule(name, IntegerConv(conv, layer, source, target))
     for name, value in quantized.float_tensors.items():
         layer_name, _, key = name.rpartition(".")

@@ -77,6 +77,7 @@ class QuantScheme:
         first_last_bits: Bits of weights and inputs of the first and the last layers.
         overrides: Glob over layer names -> bits of weights and inputs; the last match wins.
         keep_float: Globs over layer names that are not quantized at all.
+        offset: Whether unsigned activations have a learned offset (LSQ+); without one values below 0 are lost.
     """
 
     weights: QuantSpec
@@ -84,6 +85,7 @@ class QuantScheme:
     first_last_bits: int = 8
     overrides: Mapping[str, LayerScheme] = field(default_factory=dict)
     keep_float: Sequence[str] = ()
+    offset: bool = True
 
     @property
     def label(self) -> str:

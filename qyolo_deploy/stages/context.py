@@ -7,6 +7,8 @@ from typing import Any
 
 from qyolo_deploy.artifact import Artifact
 from qyolo_deploy.console import Reporter
+from qyolo_deploy.data.dataset import DetectionDataset, load_dataset
+from qyolo_deploy.data.unlabeled import add_unlabeled
 from qyolo_deploy.recipe import Recipe
 
 BUILTIN = "builtin:"
@@ -22,6 +24,7 @@ class StageContext:
         folder: Root of the build.
         key: The stage's key.
         source: The dataset as found; None where the data stage generates it.
+        unlabeled: Folder of images without annotations, if the recipe names one.
         weights: The checkpoint as found; None for random weights.
         architecture: Name or path of the architecture; None takes the checkpoint's.
         artifacts: What the stages before it left, by stage.
@@ -32,6 +35,7 @@ class StageContext:
     folder: Path
     key: str
     source: Path | None
+    unlabeled: Path | None
     weights: Path | None
     architecture: str | None
     artifacts: Mapping[str, Artifact]
@@ -41,6 +45,11 @@ class StageContext:
     def dataset(self) -> Path:
         """Dataset YAML or folder that all later stages read."""
         return self.source if self.source is not None else self.folder / "data" / "synthetic.yaml"
+
+    def training_data(self) -> DetectionDataset:
+        """The training split, with the unlabelled images behind it."""
+        dataset = load_dataset(self.dataset, "train")
+        return dataset if self.unlabeled is None else add_unlabeled(dataset, self.unlabeled)
 
     @property
     def stem(self) -> str:

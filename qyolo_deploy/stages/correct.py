@@ -4,11 +4,10 @@ import json
 import shutil
 
 from qyolo_deploy.atomic import write_atomic
-from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.errors import IntegrityError
 from qyolo_deploy.graph.freeze import freeze
-from qyolo_deploy.graph.prepare import prepare
 from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.qat.train import student
 from qyolo_deploy.qc.correct import correct
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.training.state import load_tensors
@@ -22,9 +21,9 @@ def run(context: StageContext) -> StageOutput:
     if not context.recipe.correct.enabled:
         shutil.copyfile(trained / "model.safetensors", target)
         return StageOutput("quantized_model", [target], {"epochs": []})
-    dataset = load_dataset(context.dataset, "train")
+    dataset = context.training_data()
     detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
-    model = prepare(detector, context.recipe.quantization.scheme())
+    model = student(detector, context.recipe)
     state = load_tensors(trained / "ema.safetensors")
     if state is None:
         raise IntegrityError(f"{trained / 'ema.safetensors'}: not readable; build again with --force train")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from qyolo_deploy.atomic import write_atomic
@@ -39,6 +40,11 @@ def run(context: StageContext) -> StageOutput:
             check_images(dataset, tick)
         info[split] = {"images": len(dataset), "digest": digest_dataset(dataset)}
         info["names"] = list(dataset.class_names)
+    if context.unlabeled is not None:
+        extra = context.training_data()
+        with context.reporter.progress("checking unlabelled images") as tick:
+            check_images(replace(extra, images=extra.images[extra.labeled :]), tick)
+        info["unlabeled"] = {"images": len(extra) - (extra.labeled or 0)}
     # What later stages depend on is the artifact's files, and a dataset elsewhere is none of them.
     record = context.folder / "dataset.json"
     write_atomic(record, json.dumps(info, indent=1))

@@ -12,7 +12,7 @@ from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.metadata import engine_metadata, set_metadata
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.graph.simulate import fold_float
-from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.models.registry import detector_of, load_detector
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.stages.context import StageContext, StageOutput
 
@@ -34,6 +34,10 @@ def run(context: StageContext) -> StageOutput:
         )
         set_metadata(model, metadata)
         engines = {"float": _save(model, _onnx_path(context, "fp32"))}
+        if recipe.model.activation is not None:  # another graph, which is what was trained and what is quantized
+            swapped = fold_float(detector_of(quantized.architecture))
+            model = export_float(swapped, recipe.model.imgsz, recipe.export.dynamic, _OPSET[recipe.export.storage])
+            set_metadata(model, metadata)
         for done, target in enumerate(recipe.export.targets, start=1):
             tick(done, steps, target)
             engines[target] = _EXPORTERS[target](context, model, quantized, metadata)
@@ -64,7 +68,7 @@ def _onnxruntime(
 def _openvino(context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]) -> Path:
     """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded."""
     inner = frozenset(context.artifacts["train"].info["inner"])
-    qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage)
+    qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage, clip="values")
     stem = f"{context.stem}_{quantized.scheme}"
     folder = context.folder / "engines" / "openvino" / f"{stem}{OPENVINO_SUFFIX}"
     folder.parent.mkdir(parents=True, exist_ok=True)

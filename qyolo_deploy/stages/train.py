@@ -2,41 +2,76 @@
 
 import json
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.graph.freeze import freeze
+from qyolo_deploy.graph.prepare import PreparedModel
+from qyolo_deploy.models.base import Detector
 from qyolo_deploy.models.registry import load_detector
-from qyolo_deploy.qat.train import train_qat
+from qyolo_deploy.qat.train import QatResult, train_qat
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.follow import call_others
 from qyolo_deploy.training.state import save_tensors
+from qyolo_deploy.validate.evaluate import EvalSettings, evaluate
+
+
+def join(context: StageContext) -> QatResult:
+    """The training itself, in which all processes of a distributed build take part."""
+    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
+    with context.reporter.progress("training") as tick:
+        return train_qat(
+            detector,
+            context.training_data(),
+            context.recipe,
+            checkpoint=context.folder / "train" / "checkpoint.safetensors",
+            key=context.key,
+            evaluate=lambda model, teacher: _map(context, model, teacher),
+            progress=tick,
+        )
+
+
+def _map(context: StageContext, model: PreparedModel, detector: Detector) -> float:
+    """mAP50-95 of the model as it is on the validation split."""
+    recipe = context.recipe
+
+    def runner(images: NDArray[np.float32], /) -> NDArray[np.float32]:
+        with torch.no_grad():
+            output: NDArray[np.float32] = detector.decode(model(torch.from_numpy(images))).numpy()
+        return output
+
+    settings = EvalSettings(
+        imgsz=recipe.model.imgsz,
+        conf=recipe.validate_.conf,
+        iou=recipe.validate_.iou,
+        max_det=recipe.validate_.max_det,
+        rect=recipe.validate_.rect,
+    )
+    return evaluate(runner, load_dataset(context.dataset, "val"), settings)[0].map50_95
 
 
 def run(context: StageContext) -> StageOutput:
     """Writes the integers of the EMA model, and both the raw and the EMA state that they may be made from again."""
     folder = context.folder / "train"
     folder.mkdir(exist_ok=True)
-    dataset = load_dataset(context.dataset, "train")
-    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
-    with context.reporter.progress("training") as tick:
-        result = train_qat(
-            detector,
-            dataset,
-            context.recipe,
-            checkpoint=folder / "checkpoint.safetensors",
-            key=context.key,
-            progress=tick,
-        )
+    call_others("train", context)
+    result = join(context)
     quantized = freeze(result.model, context.lineage())
     quantized.save(folder / "model.safetensors")
     save_tensors(folder / "raw.safetensors", result.raw, {"state": "raw"})
     save_tensors(folder / "ema.safetensors", result.model.state_dict(), {"state": "ema"})
     write_atomic(folder / "history.json", json.dumps(result.history, indent=1))
+    write_atomic(folder / "diagnostics.json", json.dumps(result.diagnostics.to_json()))
     # The history tells wall times, by which the artifact's digest would be another one each time.
-    names = ("model.safetensors", "raw.safetensors", "ema.safetensors")
+    names = ("model.safetensors", "raw.safetensors", "ema.safetensors", "diagnostics.json")
     placement = result.model.placement
     info = {
         "epochs": list(result.history),
         "scheme": quantized.scheme,
+        "oscillating": result.diagnostics.oscillating,
         "inner": sorted(placement.inner),
         "layers": [
             {

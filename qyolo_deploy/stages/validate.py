@@ -20,7 +20,7 @@ from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import Runner, open_engine
 from qyolo_deploy.graph.simulate import View, simulate
-from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.models.registry import detector_of
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
@@ -104,9 +104,8 @@ def run(context: StageContext) -> StageOutput:
 
 
 def _fake_quantized(context: StageContext) -> _TorchRunner:
-    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
     quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
-    return _TorchRunner(simulate(detector, quantized))
+    return _TorchRunner(simulate(detector_of(quantized.architecture), quantized))
 
 
 def _latencies(

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+COUNTERS = "tracker."
+"""Modules of this name keep counts and running means of their own, which are not averaged again."""
+
 
 class Ema:
     """`shadow <- a shadow + (1 - a) value` after each step (Gupta and Asthana, 2311.05109, section 3).
@@ -31,7 +34,7 @@ class Ema:
         shadows: list[Tensor] = []
         values: list[Tensor] = []
         for name, value in self._model.state_dict().items():
-            if value.is_floating_point():
+            if value.is_floating_point() and not name.startswith(COUNTERS):
                 shadows.append(self.shadow[name])
                 values.append(value)
             else:

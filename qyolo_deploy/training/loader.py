@@ -1,7 +1,8 @@
 """Batches of augmented training images, the same for the same seed and epoch."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from qyolo_deploy.data.dataset import DetectionDataset
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import letterbox, to_tensor
+from qyolo_deploy.errors import InputError
 from qyolo_deploy.models.ultralytics_env import import_ultralytics
 from qyolo_deploy.recipe import AugmentSection, TrainingSection
 
@@ -52,6 +54,33 @@ def training_images(dataset: DetectionDataset, imgsz: int, augment: AugmentSecti
     )
 
 
+def _subset(dataset: DetectionDataset, indices: Sequence[int]) -> DetectionDataset:
+    return replace(
+        dataset,
+        images=tuple(dataset.images[index] for index in indices),
+        boxes=tuple(dataset.boxes[index] for index in indices),
+        classes=tuple(dataset.classes[index] for index in indices),
+    )
+
+
+class _Samples(Dataset[dict[str, Any]]):
+    """Draws each sample's augmentation from a seed of its own.
+
+    So a sample is the same whoever reads it and whatever was read before: after a resume, in a worker process, or in
+    another process of a distributed run.
+    """
+
+    def __init__(self, data: Any, labeled: int, seed: int) -> None:
+        self._data, self._labeled, self._seed = data, labeled, seed
+        self.epoch = 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = np.random.SeedSequence([self._seed, self.epoch, index]).generate_state(1)
+        _seed_everything(int(draw[0]))
+        sample: dict[str, Any] = self._data[index]
+        return sample | {"labeled": index < self._labeled}
+
+
 def _label(dataset: DetectionDataset, index: int) -> dict[str, Any]:
     image, boxes = dataset.images[index], dataset.boxes[index]
     size = np.array([image.width, image.height] * 2, np.float32)
@@ -79,6 +108,7 @@ class Loader:
         images: Use only this many images, chosen by seed.
         workers: Processes that read and augment; 0 does it in this one.
         seed: Decides subset, order and augmentation.
+        shard: Number of this process and count of all that share each batch.
     """
 
     def __init__(
@@ -91,15 +121,25 @@ class Loader:
         images: int | None,
         workers: int,
         seed: int,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self._data: Any = training_images(dataset, imgsz, augment)
-        chosen = np.random.default_rng(seed).permutation(len(dataset))[:images]
-        self._indices = sorted(int(index) for index in chosen)
-        self._batch = min(batch, len(self._indices))
+        chosen = sorted(np.random.default_rng(seed).permutation(len(dataset))[:images].tolist())
+        labeled = sum(index < (len(dataset) if dataset.labeled is None else dataset.labeled) for index in chosen)
+        self._data: Any = training_images(_subset(dataset, chosen), imgsz, augment)
+        for mosaic in self._mosaics():
+            # Partners out of what was read last would depend on the past.
+            mosaic.buffer_enabled = False
+        self._samples = _Samples(self._data, labeled, seed)
+        self._shard = shard
+        self._images, self._batch = len(chosen), min(batch, len(chosen))
         self._workers, self._seed = workers, seed
+        if self._batch % shard[1]:
+            raise InputError(f"batch is {self._batch}, expected a multiple of the {shard[1]} processes that share it")
 
     @classmethod
-    def of(cls, dataset: DetectionDataset, section: TrainingSection, imgsz: int) -> "Loader":
+    def of(
+        cls, dataset: DetectionDataset, section: TrainingSection, imgsz: int, shard: tuple[int, int] = (0, 1)
+    ) -> "Loader":
         """The loader of a training section."""
         return cls(
             dataset,
@@ -109,35 +149,38 @@ class Loader:
             images=section.images,
             workers=section.workers,
             seed=section.seed,
+            shard=shard,
         )
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return len(self._indices) // self._batch
+        return self._images // self._batch
 
     def close_mosaic(self) -> None:
         """Switches mosaic off for the rest of the run, as ultralytics does in the last epochs."""
-        for transform in self._data.transforms.transforms[0].transforms:
-            if hasattr(transform, "border") and hasattr(transform, "p"):
-                transform.p = 0.0
+        for mosaic in self._mosaics():
+            mosaic.p = 0.0
+
+    def _mosaics(self) -> Iterable[Any]:
+        first = self._data.transforms.transforms[0]
+        return [transform for transform in getattr(first, "transforms", ()) if hasattr(transform, "buffer_enabled")]
 
     def epoch(self, number: int) -> Iterator[Batch]:
-        """Batches of an epoch: `img` float32 `[N, 3, H, W]` in 0..1, `cls`, `bboxes`, `batch_idx`."""
-        seed = (self._seed * 1_000_003 + number) % 2**31
-        _seed_everything(seed)
-        # What an earlier epoch left would make a resumed run another one. Both go: mosaic draws from the buffer,
-        # which an image enters only when it is read and not when it is still in memory.
-        self._data.buffer.clear()
-        self._data.ims = [None] * len(self._data.ims)
-        order = torch.randperm(len(self._indices), generator=torch.Generator().manual_seed(seed)).tolist()
+        """Batches of an epoch, or this process's part of each.
+
+        `img` float32 `[N, 3, H, W]` in 0..1, `cls`, `bboxes`, `batch_idx`, `labeled` (N booleans).
+        """
+        self._samples.epoch = number
+        order = np.random.default_rng([self._seed, number]).permutation(self._images)
+        rank, world = self._shard
         loader = DataLoader(
-            self._data,
-            batch_size=self._batch,
-            sampler=[self._indices[index] for index in order],
+            self._samples,
+            batch_sampler=[
+                order[start : start + self._batch].tolist()[rank::world]
+                for start in range(0, len(self) * self._batch, self._batch)
+            ],
             num_workers=self._workers,
-            drop_last=True,
             collate_fn=self._data.collate_fn,
-            worker_init_fn=lambda worker: _seed_everything(seed + 7919 * (worker + 1)),
         )
         for batch in loader:
             batch["img"] = batch["img"].float() / 255

@@ -24,19 +24,13 @@ def per_channel(spec):
 
 
 def make_case(spec, channels, seed=0):
-    """x, scale, offset and an incoming gradient; offsets lie on the grid, so that the papers' integer is ours.
-
-    No value lies in the half step beyond the outermost levels: see the test on that.
-    """
+    """x, scale, offset and an incoming gradient; offsets lie on the grid, so that the papers' integer is ours."""
     rng = np.random.default_rng(seed)
     shape = (channels,) if channels else ()
     scale = rng.uniform(0.02, 0.3, shape).astype(np.float32)
     zero_point = np.zeros(shape) if spec.signed else rng.integers(0, spec.qmax // 2 + 1, shape)
     offset = (-zero_point * scale).astype(np.float32)
     levels = rng.uniform(spec.qmin - 4, spec.qmax + 4, (channels or 1, 4, 3, 3))
-    for end, side in ((spec.qmin, -1), (spec.qmax, 1)):
-        beyond = (levels - end) * side
-        levels = np.where((beyond > 0) & (beyond < 0.6), end + side, levels)
     fraction = np.abs(levels - np.floor(levels) - 0.5)
     levels = np.where(fraction < 0.01, levels + 0.1, levels)
     wide = (slice(None), None, None, None) if channels else ()
@@ -59,7 +53,7 @@ def paper(x, scale, offset, spec):
     """`v = (x - offset) / s`; value and the three partial derivatives of every element."""
     s, b = widen(scale, x), widen(offset, x)
     v = (x.astype(np.float64) - b) / s
-    below, above = v <= spec.qmin, v >= spec.qmax
+    below, above = v < spec.qmin, v > spec.qmax
     value = np.rint(np.clip(v, spec.qmin, spec.qmax)) * s + b
     inside = ~(below | above)
     to_scale = np.where(below, spec.qmin, np.where(above, spec.qmax, np.rint(v) - v))
@@ -88,7 +82,8 @@ def test_gradients_are_slopes_of_the_straight_through_surrogate(spec):
     """With the rounding error held fixed, `s clip(v + error, qmin, qmax) + offset` is smooth between the ends."""
     x, scale, offset, grad = make_case(spec, 0, seed=3)
     v = (x.astype(np.float64) - offset) / scale
-    smooth = (np.rint(v) != spec.qmin) & (np.rint(v) != spec.qmax)
+    ends = [np.abs(v - end) > 0.51 for end in (spec.qmin, spec.qmax)]  # there clipping bends the surrogate
+    smooth = ends[0] & ends[1]
     x, grad, v = x[smooth], grad[smooth], v[smooth]
     assert x.size > 10
     _, to_x, to_scale, to_offset = run(x, scale, offset, grad, spec)
@@ -105,17 +100,6 @@ def test_gradients_are_slopes_of_the_straight_through_surrogate(spec):
     np.testing.assert_allclose(to_x, slope(0), rtol=1e-5, atol=1e-6)
     assert to_scale == pytest.approx(slope(1).sum(), rel=1e-4, abs=1e-3)
     assert to_offset == pytest.approx(slope(2).sum(), rel=1e-4, abs=1e-4)
-
-
-def test_a_value_that_rounds_onto_the_outermost_level_counts_as_inside():
-    """Here the papers already clip (v >= qmax); the output is the same, and we go by the integer, as torch does."""
-    x = torch.tensor([7.3, 7.6, -8.4, -8.6], requires_grad=True)
-    scale = torch.ones((), requires_grad=True)
-    out = fake_quantize(x, scale, torch.zeros(()), QuantSpec(4))
-    out.sum().backward()
-    assert out.tolist() == [7.0, 7.0, -8.0, -8.0]
-    assert x.grad.tolist() == [1.0, 0.0, 1.0, 0.0]
-    assert scale.grad.item() == pytest.approx((7 - 7.3) + 7 + (-8 + 8.4) - 8, abs=1e-6)
 
 
 @pytest.mark.parametrize("channels", [0, CHANNELS], ids=["per tensor", "per channel"])
@@ -177,11 +161,11 @@ def test_compiled_and_eager_kernels_agree(channels, monkeypatch, caplog):
     spec = QuantSpec(4, signed=False)
     case = make_case(spec, channels)
     grid = per_channel(spec) if channels else spec
-    module._kernel.cache_clear()  # so that a fallback of an earlier test cannot hide here
+    module.kernel.cache_clear()  # so that a fallback of an earlier test cannot hide here
     with caplog.at_level(logging.WARNING, logger=module.__name__):
         compiled = run(*case, grid)
     assert not caplog.records  # no silent fallback
-    monkeypatch.setattr(module, "_kernel", lambda function: function)
+    monkeypatch.setattr(module, "kernel", lambda function: function)
     eager = run(*case, grid)
     for ours, theirs in zip(compiled[:2], eager[:2], strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,5 @@
+"""`python -m qyolo_deploy`, which torchrun can start in several processes."""
+
+from qyolo_deploy.cli import main
+
+main()

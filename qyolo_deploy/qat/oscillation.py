@@ -1,0 +1,185 @@
+"""Oscillating weights: how often each one flips, dampening them, and freezing those that flip too often.
+
+Nagel et al. 2022, "Overcoming Oscillations in Quantization-Aware Training".
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qyolo_deploy.graph.fake_quantize import kernel
+from qyolo_deploy.graph.layers import QuantConv
+from qyolo_deploy.graph.prepare import PreparedModel
+
+OSCILLATING = 0.005
+"""Frequency above which a weight counts as oscillating (section 2.2)."""
+_LOW_BITS = 4
+
+
+@dataclass(frozen=True)
+class LayerSlice:
+    """Where a layer's weights lie in the tracker's flat buffers."""
+
+    name: str
+    conv: QuantConv
+    start: int
+    end: int
+
+
+def _track(
+    new: Tensor, old: Tensor, direction: Tensor, frequency: Tensor, mean: Tensor, momentum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of section 2.2: `f <- m o + (1 - m) f`, where o tells a change against the last change's direction."""
+    change = torch.sign(new.to(torch.int16) - old.to(torch.int16)).to(torch.int8)
+    oscillated = (change * direction) < 0
+    frequency = frequency + momentum * (oscillated.float() - frequency)
+    mean = mean + momentum * (new.float() - mean)
+    return torch.where(change != 0, change, direction), frequency, mean
+
+
+class OscillationTracker(nn.Module):
+    """Counts sign changes of the integers of all quantized weights; all of its state is in buffers.
+
+    Args:
+        model: Calibrated.
+        momentum: m of the running means.
+    """
+
+    integer: Tensor
+    direction: Tensor
+    frequency: Tensor
+    mean: Tensor
+    frozen: Tensor
+    frozen_integer: Tensor
+
+    def __init__(self, model: PreparedModel, momentum: float) -> None:
+        super().__init__()
+        self.layers = tuple(_slices(model))
+        self._momentum = torch.tensor(momentum)
+        count = self.layers[-1].end if self.layers else 0
+        integer = self._integers()
+        self.register_buffer("integer", integer)
+        self.register_buffer("direction", torch.zeros(count, dtype=torch.int8))
+        self.register_buffer("frequency", torch.zeros(count))
+        self.register_buffer("mean", integer.float())
+        self.register_buffer("frozen", torch.zeros(count, dtype=torch.bool))
+        self.register_buffer("frozen_integer", torch.zeros(count, dtype=torch.int8))
+
+    @torch.no_grad()
+    def _integers(self) -> Tensor:
+        return torch.cat([_integers_of(layer.conv).flatten() for layer in self.layers] or [torch.zeros(0).char()])
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Looks at the weights after an optimizer step."""
+        new = torch.where(self.frozen, self.frozen_integer, self._integers())
+        state = kernel(_track)(new, self.integer, self.direction, self.frequency, self.mean, self._momentum)
+        for buffer, value in zip((self.direction, self.frequency, self.mean), state, strict=True):
+            buffer.copy_(value)
+        self.integer.copy_(new)
+
+    @torch.no_grad()
+    def freeze(self, threshold: float) -> None:
+        """Fixes weights of low-bit layers that flip more often than the threshold, at their mean integer, for good."""
+        for layer in self.layers:
+            if _bits(layer.conv) > _LOW_BITS:
+                continue
+            part = slice(layer.start, layer.end)
+            caught = (self.frequency[part] > threshold) & ~self.frozen[part]
+            self.frozen_integer[part] = torch.where(
+                caught, self.mean[part].round().to(torch.int8), self.frozen_integer[part]
+            )
+            self.frozen[part] |= caught
+        self.attach()
+
+    def attach(self) -> None:
+        """Lets the layers see what is frozen, also in buffers that were just loaded."""
+        if not self.frozen.any():
+            return
+        for layer in self.layers:
+            part, shape = slice(layer.start, layer.end), layer.conv.weight.shape
+            layer.conv.frozen = (self.frozen[part].view(shape), self.frozen_integer[part].view(shape))
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Writes frozen integers into the latent weights, after which the model needs no tracker any more."""
+        for layer in self.layers:
+            part, conv = slice(layer.start, layer.end), layer.conv
+            mask = self.frozen[part].view(conv.weight.shape)
+            fixed = self.frozen_integer[part].view(conv.weight.shape) * conv.weight_scale()
+            conv.weight.copy_(torch.where(mask, fixed, conv.weight))
+            conv.frozen = None
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """For each layer the shares of oscillating and of frozen weights."""
+        found = {}
+        for layer in self.layers:
+            part = slice(layer.start, layer.end)
+            found[layer.name] = {
+                "bits": _bits(layer.conv),
+                "weights": layer.end - layer.start,
+                "oscillating": (self.frequency[part] > OSCILLATING).float().mean().item(),
+                "frozen": self.frozen[part].float().mean().item(),
+            }
+        return found
+
+
+def _slices(model: PreparedModel) -> Iterator[LayerSlice]:
+    start = 0
+    for name, conv in model.convs().items():
+        if conv.quantizer is not None:
+            yield LayerSlice(name, conv, start, start + conv.weight.numel())
+            start += conv.weight.numel()
+
+
+def _bits(conv: QuantConv) -> int:
+    assert conv.quantizer is not None
+    return conv.quantizer.spec.bits
+
+
+def _integers_of(conv: QuantConv) -> Tensor:
+    """Integers of the latent weights, int8 of the weight's shape."""
+    assert conv.quantizer is not None
+    spec = conv.quantizer.spec
+    return (conv.weight / conv.weight_scale()).round_().clamp_(spec.qmin, spec.qmax).to(torch.int8)
+
+
+@torch.no_grad()
+def dampen(model: PreparedModel, weight: float) -> float:
+    """Adds the gradient of the dampening loss to the latent weights of low-bit layers.
+
+    `L = weight * sum || sg(q(w)) - clip(w, s qmin, s qmax) ||^2` (section 4.2): its gradient
+    `2 weight (clip(w) - q(w))` needs no graph, and scales get none.
+
+    Args:
+        model: After the backward pass.
+        weight: lambda, on the sum over all weights.
+
+    Returns:
+        The loss.
+    """
+    total = 0.0
+    for conv in model.convs().values():
+        if conv.quantizer is None or _bits(conv) > _LOW_BITS or conv.weight.grad is None:
+            continue
+        spec, scale = conv.quantizer.spec, conv.weight_scale()
+        error = torch.clamp(conv.weight, spec.qmin * scale, spec.qmax * scale) - _integers_of(conv) * scale
+        conv.weight.grad.add_(error, alpha=2 * weight)
+        total += weight * float(error.square().sum())
+    return total
+
+
+def rising(progress: float, highest: float, start: float) -> float:
+    """Half a cosine from 0 at `start` to `highest` at the end of training; 0 before."""
+    share = max(0.0, (progress - start) / (1 - start))
+    return highest * (1 - math.cos(math.pi * share)) / 2
+
+
+def falling(progress: float, first: float, last: float, start: float) -> float | None:
+    """Half a cosine from `first` at `start` to `last` at the end of training; None before."""
+    if progress < start:
+        return None
+    return last + (first - last) * (1 + math.cos(math.pi * (progress - start) / (1 - start))) / 2
