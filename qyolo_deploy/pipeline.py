@@ -62,7 +62,7 @@ STAGES = (
     ),
     Stage(
         "validate",
-        2,
+        3,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),

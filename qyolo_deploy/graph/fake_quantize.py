@@ -222,6 +222,10 @@ class Quantizer(nn.Module):
         """N of LSQ's gradient scale: elements for each scale; of activations those of one image."""
         return x.numel() // self._weight_scales if self._weight_scales else x[0].numel()
 
+    def scale_factor(self, x: Tensor) -> float:
+        """What the rules multiply gradients to the scale by."""
+        return self.rules.scale_factor(self.features_of(x), self.spec)
+
     @torch.no_grad()
     def clamp_(self) -> None:
         """Brings scale and offset back to where they mean something, after an optimizer step."""

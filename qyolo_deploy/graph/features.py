@@ -1,12 +1,14 @@
 """Outputs of a network's blocks, where a student is compared with its teacher."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, fx, nn
 
 from qyolo_deploy.graph.ops import Concat
-from qyolo_deploy.graph.simulate import fold_float
+from qyolo_deploy.graph.simulate import fold_norms
+from qyolo_deploy.graph.trace import trace
 from qyolo_deploy.models.base import Detector
 
 # What repeats others' outputs, and convolutions: their values are seen behind batch normalisation or activation.
@@ -56,10 +58,10 @@ class Teacher(nn.Module):
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
-        core = fold_float(detector).core
-        assert isinstance(core, fx.GraphModule)
-        self._core = core.requires_grad_(False)
-        self._maps = expose_blocks(core)
+        core = trace(deepcopy(detector.core).eval())
+        self._maps = expose_blocks(core)  # before folding, as `prepare` does: a block may end in batch normalisation
+        fold_norms(core)
+        self._core = core.requires_grad_(False).eval()
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -92,8 +92,10 @@ class QuantConv(nn.Module):
         if self.frozen is None or not self.quantizer.enabled:
             return weight
         mask, integers = self.frozen
+        scale, factor = self.weight_scale(), self.quantizer.scale_factor(self.weight)
+        learning = scale.detach() + (scale - scale.detach()) * factor
         # In the integer domain, so that the scale goes on learning (Nagel 2022, section 4.3).
-        return torch.where(mask, integers * self.weight_scale(), weight)
+        return torch.where(mask, integers * learning, weight)
 
     def weight_scale(self) -> Tensor:
         """Step size of the weights, broadcastable to them."""

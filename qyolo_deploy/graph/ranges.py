@@ -61,7 +61,7 @@ def observe(
         low, high = _moving_average(sample.lows), _moving_average(sample.highs)
     elif observer == "percentile":
         ends = torch.quantile(values, torch.tensor([1 - _PERCENTILE, _PERCENTILE]))
-        low, high = ends[0].clamp_max(0), ends[1].clamp_min(0)
+        low, high = torch.maximum(ends[0].clamp_max(0), low), ends[1].clamp_min(0)  # not below what was cut
     elif observer == "entropy":
         high = _least_divergence(values, low, high, spec)
     elif observer == "mse":

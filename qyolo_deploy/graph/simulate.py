@@ -94,10 +94,19 @@ class View(nn.Module):
         return output
 
 
-@torch.no_grad()
 def fold_float(detector: Detector) -> View:
-    """The float network as it is exported: traced, batch normalisation folded into the convolutions."""
-    traced = trace(detector.core.eval())
+    """The float network as it is exported: traced, batch normalisation folded into the convolutions.
+
+    It shares nothing with the detector's core, so that it may be changed.
+    """
+    traced = trace(deepcopy(detector.core).eval())
+    fold_norms(traced)
+    return View(traced.eval(), detector.decode).eval()
+
+
+@torch.no_grad()
+def fold_norms(traced: fx.GraphModule) -> None:
+    """Folds batch normalisation into the convolutions of a traced network, in place."""
     modules = dict(traced.named_modules())
     for node in list(traced.graph.nodes):
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -110,7 +119,6 @@ def fold_float(detector: Detector) -> View:
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
     traced.recompile()
-    return View(traced.eval(), detector.decode).eval()
 
 
 def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
@@ -131,7 +139,7 @@ def simulate(detector: Detector, quantized: QuantizedModel) -> View:
         detector: The architecture; its weights are not used.
         quantized: The integers.
     """
-    view = fold_float(deepcopy(detector))  # a convolution without batch normalisation is still the detector's own
+    view = fold_float(detector)
     core = view.core
     assert isinstance(core, fx.GraphModule)
     for name, layer in quantized.layers.items():

@@ -34,8 +34,13 @@ def import_ultralytics() -> ModuleType:
         os.environ["YOLO_CONFIG_DIR"] = folder = tempfile.mkdtemp(prefix="qyolo-ultralytics-")
         atexit.register(_remove_own_folder, folder, os.getpid())
     threads, cv2_threads = os.environ.get("OMP_NUM_THREADS"), cv2.getNumThreads()
-    with np.printoptions():
-        import ultralytics
+    # As one of several processes it would wait for the others when it is imported; they may import it much later.
+    place = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK") if first and name in os.environ}
+    try:
+        with np.printoptions():
+            import ultralytics
+    finally:
+        os.environ.update(place)
     if first and threads is None:
         os.environ.pop("OMP_NUM_THREADS", None)
         cv2.setNumThreads(cv2_threads)

@@ -11,6 +11,8 @@ from qyolo_deploy.qat.oscillation import OscillationTracker
 
 LENGTH = 300
 LAYERS = 4
+_SETTLED = 1 / 3
+_FINE_BITS = 8  # so fine a grid oscillates most and matters least
 
 
 class Traces:
@@ -19,12 +21,13 @@ class Traces:
     Args:
         model: What learns.
         tracker: Its counts choose layers and weights.
-        steps: Optimizer steps of the whole run; the last 300 are recorded.
+        steps: Optimizer steps of the whole run; the last 300 are recorded, but none of the first third, after which
+            the counts tell which layers oscillate.
     """
 
     def __init__(self, model: PreparedModel, tracker: OscillationTracker, steps: int) -> None:
         self._model, self._tracker = model, tracker
-        self._start = max(0.0, 1 - LENGTH / max(steps, 1))
+        self._start = max(_SETTLED, 1 - LENGTH / max(steps, 1))
         self._layers: list[str] = []
         self._weights: list[int] = []
         self._rows: list[Tensor] = []
@@ -45,7 +48,8 @@ class Traces:
     def _choose(self) -> None:
         """The layers with most oscillating weights, and in each the weight that flips most often."""
         shares = self._tracker.shares()
-        ranked = sorted(shares, key=lambda name: -shares[name]["oscillating"])
+        low = [name for name in shares if shares[name]["bits"] < _FINE_BITS] or list(shares)
+        ranked = sorted(low, key=lambda name: -shares[name]["oscillating"])
         self._layers = ranked[:LAYERS]
         parts = {layer.name: slice(layer.start, layer.end) for layer in self._tracker.layers}
         self._weights = [int(self._tracker.frequency[parts[name]].argmax()) for name in self._layers]

@@ -78,6 +78,8 @@ def train_qat(
 
     def measure() -> float:
         use_batch_statistics(model, None)
+        model.set_activations(True)  # also in the stage that trains with the backbone's alone
+        model.set_weights(True)
         assert evaluate is not None
         return evaluate(model, detector)
 
@@ -85,7 +87,7 @@ def train_qat(
     trained = fit(
         model,
         make_step(model, detector, section.loss),
-        _groups(model, recipe),
+        parameter_groups(model, recipe),
         loader,
         Schedule.of(section),
         checkpoint=checkpoint,
@@ -165,7 +167,7 @@ def _set_rules(model: PreparedModel, recipe: Recipe) -> None:
             conv.quantizer.rules = GradientRules(section.lsq_scale, section.margin, section.latent_damping)
 
 
-def _groups(model: PreparedModel, recipe: Recipe) -> list[ParameterGroup]:
+def parameter_groups(model: PreparedModel, recipe: Recipe) -> list[ParameterGroup]:
     """Weights, vectors, and one group for each quantizer.
 
     Adam moves every parameter by about its learning rate, whatever the gradient's size; scales differ by a factor of

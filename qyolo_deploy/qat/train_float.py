@@ -40,7 +40,7 @@ def train_float(
     trained = fit(
         core,
         make_step(core, detector, LossSection(labels=1.0, logits=0.0, detections=0.0)),
-        _groups(core, section.lr, section.weight_decay),
+        parameter_groups(core, section.lr, section.weight_decay),
         Loader.of(dataset, section, recipe.model.imgsz),
         Schedule.of(section),
         checkpoint=checkpoint,
@@ -53,7 +53,8 @@ def train_float(
     return trained.history
 
 
-def _groups(model: nn.Module, lr: float, weight_decay: float) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[ParameterGroup]:
+    """Weights, and vectors, which do not decay."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         ParameterGroup([parameter for parameter in parameters if parameter.ndim > 1], lr, weight_decay),

@@ -119,16 +119,18 @@ def line_chart(points: Sequence[tuple[float, float]], *, title: str, x_label: st
     return _svg(width, height, title, parts)
 
 
-def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
+def bar_chart(bars: Sequence[Bar], *, title: str, width: float = 640.0, pitch: float = 32.0) -> str:
     """Draw horizontal bars from zero, each with its label before it and its text behind it.
 
     Args:
         bars: At least one; values are not negative.
         title: Read out in place of the picture.
+        width: Of the picture; the narrower, the larger its text where the page is narrow.
+        pitch: From one bar to the next.
     """
-    left = 20 + _CHAR * max(len(bar.label) for bar in bars)
+    left = 20 + _CHAR * max(len(_shorten(bar.label, 38)) for bar in bars)
     right = 16 + _CHAR * max(len(bar.text) for bar in bars)
-    width, pitch, thick = 640.0, 32.0, 18.0
+    thick = pitch * 0.5625
     ticks = nice_ticks(0.0, max(max(bar.value, bar.behind or 0.0) for bar in bars) or 1.0)
     scale = (width - left - right) / ticks[-1]
     bottom = pitch * len(bars) + 6
@@ -139,7 +141,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
     for row, bar in enumerate(bars):
         y = 6 + row * pitch
         end = max(bar.value, bar.behind or 0.0) * scale
-        parts.append(_text(left - 9, y + thick / 2 + 4, bar.label, "end", "label"))
+        parts.append(_text(left - 9, y + thick / 2 + 4, _shorten(bar.label, 38), "end", "label"))
         parts.append(f'<g class="{bar.style}">')
         if bar.behind is not None:
             parts.append(_rectangle(left, y, bar.behind * scale, thick, "pale"))

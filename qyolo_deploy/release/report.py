@@ -8,6 +8,7 @@ from typing import Any
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.errors import RuntimeMissingError
 from qyolo_deploy.release.plots import Bar, Dot, bar_chart, dot_plot, line_chart
+from qyolo_deploy.release.report_oscillation import oscillations
 from qyolo_deploy.release.report_text import (
     ACCURACIES,
     METRIC_TITLES,
@@ -190,7 +191,7 @@ def _progress(section: Mapping[str, Any], list_key: str, x_key: str) -> dict[str
         _curve(entries, x_key, "map50_95", "mAP50-95, points", "c-map", 100.0),
         _curve(entries, x_key, "lr", "Learning rate", "c-rate"),
     ]
-    facts = list_facts(section, leave_out=[list_key])
+    facts = list_facts(section, leave_out=[list_key, "diagnostics"])
     if seconds := [s for entry in entries if (s := to_number(entry.get("seconds"))) is not None]:
         facts.append((f"seconds in {len(seconds)} {list_key}", f"{sum(seconds):.0f}"))
     drawn = [curve for curve in curves if curve]
@@ -246,6 +247,7 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "gates": [_gate_row(gate) for gate in gates],
         "per_class": _per_class(views, base),
         "training": _progress(report.get("training") or {}, "epochs", "epoch"),
+        "oscillations": oscillations(report.get("training") or {}),
         "correction": _progress(report.get("correction") or {}, "steps", "step"),
         "quantization": _quantization(report.get("quantization") or {}),
         "samples": report.get("samples") or [],
@@ -263,9 +265,9 @@ def write_report(path_html: str | os.PathLike[str], report: Mapping[str, Any]) -
         path_html: The file to write.
         report: The content of `report.json`: `name`, `version`, `recipe` (facts and the YAML text), `views`
             (as `EvalReport.to_json` gives them), `gates` (each with the keys of its `Gate` and of its
-            `GateResult`), `training` (`epochs`), `correction` (`steps`), `quantization` (`scheme`, `targets`,
-            `layers`, `notes`), `environment`, `lineage`, `samples` (`title`, `jpeg_base64`). Accuracies are
-            fractions here and points in the page.
+            `GateResult`), `training` (`epochs`, `diagnostics` as stage `train` writes them), `correction`
+            (`steps`), `quantization` (`scheme`, `targets`, `layers`, `notes`), `environment`, `lineage`,
+            `samples` (`title`, `jpeg_base64`). Accuracies are fractions here and points in the page.
 
     Raises:
         RuntimeMissingError: jinja2 is not installed.

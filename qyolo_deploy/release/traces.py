@@ -1,5 +1,9 @@
-"""Several lines in one chart, as inline SVG text. Colours come from the page's style sheet, as in `plots`."""
+"""Several lines in one chart, and histograms, as inline SVG text.
 
+Colours come from the page's style sheet, as in `plots`.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +14,7 @@ from qyolo_deploy.release.plots import nice_ticks
 _WIDTH, _HEIGHT = 420.0, 220.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 14.0, 10.0, 36.0
 _MARGIN = 6.0  # keeps a trace along the lowest number apart from the axis
+_CHAR = 6.2  # mean width of a character at font size 11
 
 
 @dataclass(frozen=True)
@@ -34,34 +39,44 @@ class _Frame:
 
     x_low: float
     x_high: float
+    x_ticks: Sequence[float]
     y_ticks: Sequence[float]
+    margin: float = _MARGIN
+
+    @property
+    def left(self) -> float:
+        """Where the x axis begins: behind the longest number."""
+        return max(_LEFT, 12 + _CHAR * max(map(len, _numbers(self.y_ticks))))
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x_low) / ((self.x_high - self.x_low) or 1.0)
         up = (y - self.y_ticks[0]) / (self.y_ticks[-1] - self.y_ticks[0])
-        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - _MARGIN - up * (
-            _HEIGHT - _TOP - _BOTTOM - _MARGIN
+        return self.left + across * (_WIDTH - self.left - _RIGHT), _HEIGHT - _BOTTOM - self.margin - up * (
+            _HEIGHT - _TOP - _BOTTOM - self.margin
         )
 
     def draw(self, x_label: str) -> list[str]:
         """Return grid lines, axis and numbers."""
-        right, floor = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+        left, right, floor = self.left, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
         parts = []
-        for tick in self.y_ticks:
+        for tick, number in zip(self.y_ticks, _numbers(self.y_ticks), strict=True):
             y = self.place(self.x_low, tick)[1]
-            parts.append(f'<line x1="{_LEFT:g}" y1="{y:.1f}" x2="{right:g}" y2="{y:.1f}" class="grid"/>')
-            parts.append(_text(_LEFT - 7, y + 4, _number(tick), "end"))
-        for tick in nice_ticks(self.x_low, self.x_high, 6):
+            parts.append(f'<line x1="{left:g}" y1="{y:.1f}" x2="{right:g}" y2="{y:.1f}" class="grid"/>')
+            parts.append(_text(left - 7, y + 4, number, "end"))
+        for tick, number in zip(self.x_ticks, _numbers(self.x_ticks), strict=True):
             if self.x_low <= tick <= self.x_high:
                 x = self.place(tick, self.y_ticks[0])[0]
                 parts.append(f'<line x1="{x:.1f}" y1="{floor:g}" x2="{x:.1f}" y2="{floor + 4:g}" class="axis"/>')
-                parts.append(_text(x, floor + 16, _number(tick), "middle"))
-        parts.append(f'<line x1="{_LEFT:g}" y1="{floor:g}" x2="{right:g}" y2="{floor:g}" class="axis"/>')
-        return [*parts, _text((_LEFT + right) / 2, _HEIGHT - 4, x_label, "middle")]
+                parts.append(_text(x, floor + 16, number, "middle"))
+        parts.append(f'<line x1="{left:g}" y1="{floor:g}" x2="{right:g}" y2="{floor:g}" class="axis"/>')
+        return [*parts, _text((left + right) / 2, _HEIGHT - 4, x_label, "middle")]
 
 
-def _number(tick: float) -> str:
-    return f"{round(tick, 9):g}".replace("-", "−")
+def _numbers(ticks: Sequence[float]) -> list[str]:
+    """Write ticks with as many decimals as tell them apart, without zeros at the end."""
+    decimals = max(0, 2 - math.floor(math.log10(ticks[1] - ticks[0])))
+    texts = [f"{round(tick, decimals) + 0.0:.{decimals}f}" for tick in ticks]
+    return [(text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−") for text in texts]
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
@@ -97,8 +112,40 @@ def trace_chart(traces: Sequence[Trace], *, title: str, x_label: str) -> str:
     """
     xs = [x for trace in traces for x, _ in trace.points]
     ys = [y for trace in traces for _, y in trace.points]
-    frame = _Frame(min(xs), max(xs), nice_ticks(min(ys), max(ys)))
+    frame = _Frame(min(xs), max(xs), nice_ticks(min(xs), max(xs), 6), nice_ticks(min(ys), max(ys)))
+    return _svg(title, [*frame.draw(x_label), *(_draw(trace, frame) for trace in traces)])
+
+
+def histogram(
+    counts: Sequence[float], low: float, high: float, *, title: str, x_label: str, style: str, unit: str
+) -> str:
+    """Draw how often values fall into bins of equal width; each bar tells its number when pointed at.
+
+    Args:
+        counts: One for each bin; at least one, none negative.
+        low: Where the first bin begins.
+        high: Where the last one ends.
+        title: Read out in place of the picture.
+        x_label: Stands below the axis.
+        style: Class that gives the colour.
+        unit: What is counted.
+    """
+    # Up to 5 a step is 1: there are no halves of what is counted.
+    frame = _Frame(low, high, nice_ticks(low, high, 4), nice_ticks(0.0, max(*counts, 5.0)), margin=0.0)
+    width = (high - low) / len(counts)
+    bars = []
+    for index, count in enumerate(counts):
+        start = low + index * width
+        (left, top), (right, floor) = frame.place(start, count), frame.place(start + width, 0.0)
+        about = escape(f"{start:.2f} to {start + width:.2f}: {count:g} {unit}".replace("-", "−"))
+        bars.append(
+            f'<rect x="{left + 0.5:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" '
+            f'height="{floor - top:.1f}" class="solid"><title>{about}</title></rect>'
+        )
+    return _svg(title, [*frame.draw(x_label), f'<g class="{style}">', *bars, "</g>"])
+
+
+def _svg(title: str, parts: Sequence[str]) -> str:
     about = escape(title)
     head = f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{about}" font-size="11" class="plot">'
-    lines = [_draw(trace, frame) for trace in traces]
-    return "".join((head, f"<title>{about}</title>", *frame.draw(x_label), *lines, "</svg>"))
+    return "".join((head, f"<title>{about}</title>", *parts, "</svg>"))

@@ -1,7 +1,7 @@
 """What the other processes of a distributed build do: wait, and take part in training."""
 
 import importlib
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 from qyolo_deploy.console import Reporter
@@ -12,7 +12,8 @@ from qyolo_deploy.training import distributed
 def call_others(stage: str, context: StageContext) -> None:
     """Has every other process join this stage; the first process calls it."""
     if distributed.is_first():
-        distributed.tell((stage, replace(context, reporter=Reporter(quiet=True))))
+        told = {item.name: getattr(context, item.name) for item in fields(context) if item.name != "reporter"}
+        distributed.tell((stage, told))
 
 
 def dismiss_others() -> None:
@@ -24,6 +25,7 @@ def follow() -> None:
     """Joins stages until the first process dismisses this one."""
     message: Any = distributed.tell(None)
     while message is not None:
-        stage, context = message
+        stage, told = message
+        context = StageContext(**told, reporter=Reporter(quiet=True))
         importlib.import_module(f"qyolo_deploy.stages.{stage}").join(context)
         message = distributed.tell(None)

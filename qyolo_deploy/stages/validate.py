@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _compose(context: StageContext, reports: dict[str, EvalReport], results: lis
         "created_with": __version__,
         "views": [report.to_json() for report in reports.values()],
         "gates": [gate_to_json(result) for result in results],
-        "training": {"epochs": train["epochs"]},
+        "training": {"epochs": train["epochs"], "diagnostics": _diagnostics(context.folder / "train")},
         "correction": {"steps": _numbered(context.artifacts["correct"].info["epochs"])},
         "quantization": {
             "scheme": train["scheme"],
@@ -144,6 +145,24 @@ def _compose(context: StageContext, reports: dict[str, EvalReport], results: lis
             for stage, artifact in context.artifacts.items()
         ],
     }
+
+
+def _diagnostics(folder: Path) -> dict[str, Any]:
+    """What training tells about oscillations; nothing where an older build did not record it."""
+    path = folder / "diagnostics.json"
+    found: dict[str, Any] = _short(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return found
+
+
+def _short(value: Any) -> Any:
+    """JSON data with numbers of 6 digits: traces are thousands of them. What is no number becomes null."""
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_short(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 def _numbered(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
