@@ -12,6 +12,7 @@ from qyolo_deploy.quant.spec import QuantSpec
 
 # Keeps folded scales positive: a channel whose factor reached zero could not be folded into a scale.
 MIN_GAMMA = 1e-6
+_DEAD_SHARE = 1e-3
 
 
 def convolution_like(conv: nn.Conv2d) -> Callable[..., Tensor]:
@@ -107,6 +108,26 @@ class QuantConv(nn.Module):
         return F.batch_norm(
             x, self.mean, self.var, self.gamma, self.beta, training=True, momentum=momentum, eps=self.eps
         )
+
+    @torch.no_grad()
+    def adopt_statistics_(self, mean: Tensor, spread: Tensor) -> None:
+        """Makes the statistics of some output the running ones, without changing the function.
+
+        Afterwards beta and gamma are the output's mean and spread, so that running statistics may be estimated again.
+
+        Args:
+            mean: Of each output channel, float32 `[C_out]`.
+            spread: Standard deviation of each output channel.
+        """
+        if not self.has_norm:
+            return
+        slope = self.gamma * torch.rsqrt(self.var + self.eps)
+        var = (spread / slope).square() - self.eps
+        alive = var > _DEAD_SHARE * self.var  # a channel that does not vary has no statistics to adopt
+        self.mean.copy_(torch.where(alive, self.mean + (mean - self.beta) / slope, self.mean))
+        self.beta.copy_(torch.where(alive, mean, self.beta))
+        self.gamma.copy_(torch.where(alive, spread, self.gamma))
+        self.var.copy_(torch.where(alive, var, self.var))
 
     @torch.no_grad()
     def rescale_(self, gain: Tensor, shift: Tensor) -> None:

@@ -66,6 +66,7 @@ def _corrector(wanted: Moments) -> Callable[[QuantConv, tuple[Tensor, ...], Tens
         mean, spread = _moments(output)
         gain = (wanted[1] / spread.clamp_min(_EPS)).clamp(*_GAIN_LIMITS)
         shift = wanted[0] - gain * mean
+        conv.adopt_statistics_(mean, spread)
         conv.rescale_(gain, shift)
         return output * gain[:, None, None] + shift[:, None, None]
 

@@ -149,7 +149,7 @@ def calibrated(
     calibrate(model, batches, tick, recipe.quantization.observer)
     few = torch.cat(list(calibration_batches(dataset, _REFINING_IMAGES, recipe.model.imgsz, 1, recipe.train.seed)))
     refine_outputs(model, few, detector.decode, detections_loss)
-    if recipe.quantization.match_moments and recipe.model.activation is None:
+    if recipe.quantization.match_moments:
         shown = min(_MATCHING_IMAGES, images)
         batch = calibration_batches(dataset, shown, recipe.model.imgsz, shown, recipe.train.seed)
         match_moments(model, detector, next(iter(batch)))

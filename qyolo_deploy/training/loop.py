@@ -88,7 +88,7 @@ class Hooks:
         return {}
 
     def stepped(self, progress: float, ema: Mapping[str, Tensor]) -> None:
-        """After an optimizer step and the EMA's."""
+        """After an optimizer step, before the EMA follows it."""
 
     def tensors(self) -> dict[str, Tensor]:
         """State that is not in the model, for the checkpoint."""

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+RUNNER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qyolo_deploy")
 WORDS = ("--set", "train.batch=4", "--set", "train.epochs=2", "--until", "train", "--json")
 
 
@@ -21,9 +22,8 @@ def alone(tiny_build, qyolo, tmp_path_factory):
 @pytest.fixture(scope="module")
 def together(tiny_build, qyolo, tmp_path_factory):
     out = tmp_path_factory.mktemp("together")
-    runner = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
-        [*runner, "-m", "qyolo_deploy", *map(str, tiny_build.arguments()), *WORDS, "--out", str(out)],
+        [*RUNNER, *map(str, tiny_build.arguments()), *WORDS, "--out", str(out)],
         env=qyolo.environment(),
         capture_output=True,
         text=True,
@@ -55,8 +55,7 @@ def test_two_processes_train_the_model_of_one(alone, together, state):
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(tiny_build, qyolo, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qyolo_deploy"]
-        + [*map(str, tiny_build.arguments()), "--set", "train.batch=3", "--until", "train", "--out", str(tmp_path)],
+        [*RUNNER, *map(str, tiny_build.arguments("train.batch=3")), "--until", "train", "--out", str(tmp_path)],
         env=qyolo.environment(),
         capture_output=True,
         text=True,

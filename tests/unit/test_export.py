@@ -20,6 +20,7 @@ from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.export.saturation import low_bit_activations, shift_to_top
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerConv, fold_float, simulate
+from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
@@ -303,6 +304,27 @@ def test_the_engine_has_the_codes_of_the_simulation_on_photographs(official, pho
     qdq, view = insert_qdq(model, quantized), simulate(detector, quantized)
     for image in photographs:
         assert_same_codes(qdq, quantized, view, image[None])
+
+
+@pytest.fixture(scope="module")
+def relu(pico):
+    """`pico` with ReLU instead of SiLU, and its float graph."""
+    detector = with_activation(pico, "relu")
+    return detector, export_float(fold_float(detector), 64, dynamic=False)
+
+
+@pytest.mark.parametrize(("bits", "activations"), [(4, 4), (8, 8)])
+def test_a_network_of_relu_runs_in_integers_as_simulated(relu, make_prepared, tmp_path, bits, activations):
+    """Convolution and ReLU are one kernel, which clips at 0 by itself."""
+    detector, model = relu
+    scheme = QuantScheme(QuantSpec(bits), QuantSpec(activations, signed=False))
+    quantized = freeze(make_prepared(detector, scheme), {})
+    qdq, view = insert_qdq(model, quantized), simulate(detector, quantized)
+    for number in range(2):
+        assert_same_codes(qdq, quantized, view, some_images(1, 3, 64, 64) ** (number + 1))
+    kinds = Counter(node.op_type for node in optimised(qdq, tmp_path).node)
+    assert kinds["QLinearConv"] == 59 and kinds["Conv"] == 0 and kinds["Relu"] == 0
+    assert kinds["QuantizeLinear"] == 1
 
 
 # --- activations of fewer bits ---

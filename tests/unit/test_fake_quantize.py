@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qyolo_deploy.graph import fake_quantize as module
-from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer, fake_quantize, zero_point_of
+from qyolo_deploy.graph.fake_quantize import MIN_SCALE, GradientRules, Quantizer, fake_quantize, zero_point_of
 from qyolo_deploy.quant.qparams import QParams
 from qyolo_deploy.quant.spec import QuantSpec
 
@@ -148,6 +148,79 @@ def test_clamping_brings_scale_and_offset_back():
     assert quantizer.offset.tolist() == pytest.approx([-15 * MIN_SCALE, 0.0, -7.5, 0.0])
     point = zero_point_of(quantizer.scale, quantizer.offset, 0, 15)
     QParams.of(quantizer.spec, quantizer.scale.detach().numpy(), point.detach().numpy().astype(np.int32))
+
+
+# --- rules for gradients ---
+
+
+def gradients(spec, rules, channels=0, shape=(5, 4, 3, 3)):
+    """Gradients of a quantizer and the paper's parts of each element; `channels` are those of weights."""
+    x, scale, offset, _ = make_case(spec, CHANNELS if spec.axis == 0 else 0)
+    x = np.resize(x, shape)
+    grad = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    quantizer = Quantizer(spec, channels)
+    with torch.no_grad():
+        quantizer.scale.copy_(torch.tensor(scale))
+        quantizer.offset.copy_(torch.tensor(offset))
+    quantizer.rules = rules
+    tensor = torch.tensor(x, requires_grad=True)
+    quantizer(tensor).backward(torch.tensor(grad))
+    found = tensor.grad.numpy(), quantizer.scale.grad.numpy(), quantizer.offset.grad
+    return found, grad, paper(x, scale, offset, spec)[1:], (x.astype(np.float64) - widen(offset, x)) / widen(scale, x)
+
+
+@pytest.mark.parametrize(
+    ("spec", "channels", "features"),
+    [
+        (QuantSpec(4), CHANNELS, 5 * 36),  # the weights of a layer
+        (per_channel(QuantSpec(4)), CHANNELS, 36),  # those of a channel
+        (QuantSpec(4, signed=False), 0, 36),  # the features of one image of five
+    ],
+    ids=["weights per tensor", "weights per channel", "activations"],
+)
+def test_lsq_s_gradient_scale(spec, channels, features):
+    """Esser 2020, section 2.2: `1 / sqrt(N qmax)` on the gradient to the step size, and nothing on that to x."""
+    (to_x, to_scale, to_offset), grad, (d_x, d_scale, d_offset), _ = gradients(
+        spec, GradientRules(lsq_scale=True), channels
+    )
+    factor = 1 / np.sqrt(features * (7 if spec.signed else 15))
+    np.testing.assert_array_equal(to_x, (grad * d_x).astype(np.float32))
+    np.testing.assert_allclose(to_scale, total(grad * d_scale, to_scale) * factor, rtol=1e-4, atol=1e-4)
+    if not spec.signed:
+        np.testing.assert_allclose(to_offset, total(grad * d_offset, to_scale) * factor, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4), per_channel(QuantSpec(4)), QuantSpec(4, signed=False)], ids=str)
+def test_values_near_a_threshold_do_not_move_the_scale(spec):
+    (to_x, to_scale, _), grad, (d_x, d_scale, _), v = gradients(spec, GradientRules(margin=0.2), CHANNELS)
+    near = (np.abs(v - np.floor(v) - 0.5) < 0.2) & (d_x == 1)
+    assert 0.1 < near.mean() < 0.5
+    expected = total(grad * np.where(near, 0, d_scale), to_scale)
+    np.testing.assert_allclose(to_scale, expected, rtol=1e-4, atol=1e-3)
+    assert np.abs(to_scale - total(grad * d_scale, to_scale)).max() > 0.1
+    np.testing.assert_array_equal(to_x, (grad * d_x).astype(np.float32))
+
+
+def test_latent_weights_between_two_levels_learn_more_slowly():
+    rules = GradientRules(latent_damping=3.0)
+    (to_x, to_scale, _), grad, (d_x, d_scale, _), v = gradients(QuantSpec(4), rules, CHANNELS)
+    expected = grad * d_x * np.exp(-3.0 * np.abs(np.rint(v) - v))
+    np.testing.assert_allclose(to_x, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(to_scale, total(grad * d_scale, to_scale), rtol=1e-4, atol=1e-3)
+
+
+def test_a_grid_without_an_offset_loses_what_lies_below_zero():
+    quantizer = Quantizer(QuantSpec(4, signed=False), offset=False)
+    assert not quantizer.offset.requires_grad
+    with torch.no_grad():
+        quantizer.scale.fill_(0.5)
+    x = torch.tensor([-3.0, -0.2, 0.2, 0.8, 7.4, 9.0], requires_grad=True)
+    values = quantizer(x)
+    assert values.tolist() == [0.0, 0.0, 0.0, 1.0, 7.5, 7.5]
+    values.sum().backward()
+    assert x.grad.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    assert quantizer.offset.grad is None
+    assert quantizer.scale.grad.item() == pytest.approx((0 - 0.4) + (2 - 1.6) + (15 - 14.8) + 15, rel=1e-5)
 
 
 needs_compiler = pytest.mark.skipif(

@@ -3,10 +3,13 @@ import torch
 from torch import nn
 
 from qyolo_deploy.errors import InputError
-from qyolo_deploy.graph.fake_quantize import zero_point_of
+from qyolo_deploy.graph.fake_quantize import Quantizer, zero_point_of
+from qyolo_deploy.graph.layers import QuantConv
 from qyolo_deploy.graph.ops import Add, Concat, Mul
 from qyolo_deploy.graph.placement import INNER_BITS, layer_names, place
+from qyolo_deploy.graph.prepare import prepare
 from qyolo_deploy.graph.trace import trace
+from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
 
 KINDS = ["pico", "yolov5", "yolo11n"]
@@ -171,6 +174,74 @@ def test_inside_a_silu_are_its_input_and_its_sigmoid(detectors, kind):
         expected |= {str(norm.args[0].target), str(gate.target)}
     assert placement.inner == expected
     assert all(placement.specs[placement.groups[name]].bits == INNER_BITS for name in expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_inside_activations_can_be_left_out(detectors, kind):
+    """And nothing else changes: not what a convolution reads, nor any other grid."""
+    traced = trace(detectors[kind].core)
+    full, lean = place(traced, W4A6), place(traced, W4A6, inside_activations=False)
+    assert len(full.inner) > 40 and not lean.inner
+    assert lean.groups == {name: group for name, group in full.groups.items() if name not in full.inner}
+    assert lean.specs == {group: spec for group, spec in full.specs.items() if group not in full.inner}
+    assert (lean.layers, lean.inputs, lean.repeats) == (full.layers, full.inputs, full.repeats)
+
+
+def test_left_out_tensors_are_not_rounded(detectors, make_scheme, images):
+    model = prepare(detectors["pico"], make_scheme(), inside_activations=False)
+    assert set(model.quantizers()) == set(model.placement.specs)
+    modules = dict(model.graph.named_modules())
+    for node in of_kind(model.graph, nn.Sigmoid):
+        before, product = node.args[0], next(iter(node.users))
+        assert isinstance(modules[before.target], QuantConv) and product.args == (before, node)
+        assert isinstance(modules[next(iter(product.users)).target], Quantizer)
+    assert all(torch.isfinite(raw).all() for raw in model(images))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_convolution_and_its_relu_are_one(detectors, inside):
+    """Every runtime clips at 0 within the kernel: between the two nothing is rounded."""
+    traced = trace(with_activation(detectors["pico"], "relu").core)
+    placement = place(traced, W4A6, inside)
+    relus = of_kind(traced, nn.ReLU)
+    assert len(relus) == 53 and not placement.inner
+    for node in relus:
+        assert str(node.target) in placement.groups
+        assert str(node.args[0].args[0].target) not in placement.groups
+    heads = {str(node.target) for node in traced.graph.output_node().args[0]}
+    assert {name for name in placement.layers if name in placement.groups} == heads
+    assert set(placement.layers) == set(layer_names(traced)[0])
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_hardswish_reads_an_inner_tensor(detectors, inside):
+    traced = trace(with_activation(detectors["pico"], "hardswish").core)
+    placement = place(traced, W4A6, inside)
+    nodes = of_kind(traced, nn.Hardswish)
+    before = {str(node.args[0].args[0].target) for node in nodes}
+    assert len(before) == 53
+    assert {str(node.target) for node in nodes} <= set(placement.groups)
+    assert placement.inner == before & set(placement.groups) == (before if inside else set())
+    assert all(placement.specs[name].bits == INNER_BITS for name in placement.inner)
+
+
+def test_a_value_before_relu_that_others_read_is_rounded():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.act = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.ReLU()
+
+        def forward(self, x):
+            before = self.a(x)
+            return (self.b(self.act(before) + before),)
+
+    placement = place(trace(Network().eval()), W4A6)
+    assert set(placement.groups) == {"images", "a", "act", "add", "b"}
+
+
+def test_grids_without_an_offset(placed):
+    _, placement = placed(QuantScheme(QuantSpec(4), QuantSpec(6, signed=False), offset=False))
+    assert not placement.offset and placed()[1].offset
 
 
 @pytest.mark.parametrize("kind", KINDS)

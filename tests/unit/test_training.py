@@ -254,7 +254,19 @@ class Stop(Exception):
     """The power cut."""
 
 
-def run_fit(dataset, checkpoint, *, key="k", stop_after=None, epochs=3, network=None, poison=None, mosaic=1.0):
+def run_fit(
+    dataset,
+    checkpoint,
+    *,
+    key="k",
+    stop_after=None,
+    epochs=3,
+    network=None,
+    poison=None,
+    mosaic=1.0,
+    evaluate=None,
+    **schedule,
+):
     """Trains a small network on real batches; returns it, the result and how many steps were taken."""
     network = network or make_network()
     steps = 0
@@ -274,10 +286,11 @@ def run_fit(dataset, checkpoint, *, key="k", stop_after=None, epochs=3, network=
         step,
         [ParameterGroup([network[0].weight, network[3].weight], 0.01, 0.1), ParameterGroup([network[3].bias], 0.1)],
         make_loader(dataset, mosaic=mosaic),
-        Schedule(epochs, 0.5, 0.01, 0.9, close_mosaic=1),
+        Schedule(epochs, 0.5, 0.01, 0.9, close_mosaic=1, **schedule),
         checkpoint=checkpoint,
         key=key,
         set_mode=network.train,
+        evaluate=None if evaluate is None else lambda: evaluate(network),
     )
     return network, trained, steps
 
@@ -307,6 +320,97 @@ def test_an_interrupted_run_ends_as_one_that_was_not(dataset, whole, tmp_path, s
     assert_same_state(network.state_dict(), whole[0].state_dict())
     assert_same_state(trained.ema, whole[1].ema)
     assert without_times(trained.history) == without_times(whole[1].history)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_other_optimizers_resume_too(dataset, whole, tmp_path, optimizer):
+    expected, _, _ = run_fit(dataset, tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(Stop):
+        run_fit(dataset, tmp_path / "cut", optimizer=optimizer, stop_after=5)
+    network, _, steps = run_fit(dataset, tmp_path / "cut", optimizer=optimizer)
+    assert steps == 6
+    assert_same_state(network.state_dict(), expected.state_dict())
+    assert not torch.equal(network[0].weight, whole[0][0].weight)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "momentum"), [("sgd", 0.9), ("sgd", 0.0), ("adam", 0.937), ("adamw", 0.937)], ids=str
+)
+def test_optimizers_step_as_their_papers_say(optimizer, momentum):
+    """SGD with Nesterov's momentum; Adam with decay in the gradient, AdamW with decay beside it."""
+    start, rate, decay = np.array([1.0, -2.0, 0.5]), 0.1, 0.05
+    learned = nn.Parameter(torch.tensor(start))
+    schedule = Schedule(1, 0.0, 1.0, 0.0, optimizer=optimizer, momentum=momentum)
+    ours = schedule.make_optimizer([ParameterGroup([learned], rate, decay)])
+    x, first, second = start, np.zeros(3), np.zeros(3)
+    for step in range(1, 5):
+        grad = np.array([0.3, -1.0, 0.02]) * step - 0.5
+        learned.grad = torch.tensor(grad)
+        ours.step()
+        if optimizer == "adamw":
+            x = x * (1 - rate * decay)
+        else:
+            grad = grad + decay * x
+        if optimizer == "sgd":
+            first = momentum * first + grad if step > 1 else grad
+            x = x - rate * (grad + momentum * first)
+        else:
+            first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+            x = x - rate * first / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        np.testing.assert_allclose(learned.detach(), x, rtol=1e-9)
+
+
+# --- early stopping ---
+
+
+class Judge:
+    """Scores the states that it is shown with given numbers, and keeps the states."""
+
+    def __init__(self, scores, seen=0):
+        self.scores, self.seen, self.states = scores, seen, []
+
+    def __call__(self, network):
+        self.states.append({name: value.clone() for name, value in network.state_dict().items()})
+        self.seen += 1
+        return self.scores[self.seen - 1]
+
+
+SCORES = [0.1, 0.5, 0.4, 0.5, 0.6]  # that of epoch 2 is the best when patience ends after epoch 4
+
+
+def test_patience_ends_a_run_and_keeps_the_best_average(dataset, tmp_path):
+    judge = Judge(SCORES)
+    network, trained, steps = run_fit(dataset, tmp_path / "c", epochs=5, patience=2, evaluate=judge)
+    assert steps == 4 * 3 and [entry["map50_95"] for entry in trained.history] == SCORES[:4]
+    assert_same_state(trained.ema, judge.states[1])
+    plain, _, _ = run_fit(dataset, tmp_path / "p", epochs=5)
+    assert not torch.equal(network[0].weight, plain[0].weight)  # which went on
+    again, same, steps = run_fit(dataset, tmp_path / "c", epochs=5, patience=2, evaluate=Judge(SCORES))
+    assert steps == 0
+    assert_same_state(again.state_dict(), network.state_dict())
+    assert_same_state(same.ema, trained.ema)
+
+
+def test_validation_sees_the_average_and_leaves_the_run_as_it_is(dataset, whole, tmp_path):
+    judge = Judge([0.1, 0.2, 0.3])
+    network, trained, _ = run_fit(dataset, tmp_path / "c", patience=1, evaluate=judge)
+    assert_same_state(network.state_dict(), whole[0].state_dict())
+    assert_same_state(trained.ema, whole[1].ema)
+    assert_same_state(judge.states[2], whole[1].ema)
+    assert not torch.equal(judge.states[0]["0.weight"], judge.states[1]["0.weight"])
+
+
+@pytest.mark.parametrize("stop_after", [7, 10])
+def test_an_interrupted_run_knows_its_best_average(dataset, tmp_path, stop_after):
+    """After two and three epochs of three steps: before and after the score has fallen."""
+    _, whole, _ = run_fit(dataset, tmp_path / "whole", epochs=5, patience=2, evaluate=Judge(SCORES))
+    with pytest.raises(Stop):
+        run_fit(dataset, tmp_path / "c", epochs=5, patience=2, evaluate=Judge(SCORES), stop_after=stop_after)
+    judge = Judge(SCORES, seen=stop_after // 3)
+    _, trained, steps = run_fit(dataset, tmp_path / "c", epochs=5, patience=2, evaluate=judge)
+    assert steps == 12 - stop_after // 3 * 3
+    assert_same_state(trained.ema, whole.ema)
+    assert without_times(trained.history) == without_times(whole.history)
 
 
 def test_a_finished_run_is_only_read(dataset, whole, tmp_path):
@@ -405,7 +509,7 @@ def test_history_tells_epochs_losses_and_rates(whole):
 # --- quantization-aware training ---
 
 
-def make_recipe(**sections):
+def make_recipe(train=None, **sections):
     training = {"epochs": 2, "batch": 4, "ema_decay": 0.9, "augment": {"mosaic": 0.5, "close_mosaic": 1}}
     return Recipe.model_validate(
         {
@@ -413,7 +517,7 @@ def make_recipe(**sections):
             "model": {"architecture": "x", "imgsz": IMGSZ},
             "data": {"source": "synthetic", "calibration_images": 4},
             "quantization": {"weights": {"bits": 4}},
-            "train": {**training, "images": 8, "lr": 0.001, "scale_lr": 0.02},
+            "train": {**training, "images": 8, "lr": 0.001, "scale_lr": 0.02, **(train or {})},
             "float": {**training, "images": 8},
             **sections,
         }
@@ -431,9 +535,10 @@ class Interrupter:
             raise Stop
 
 
-def run_qat(make_detector, dataset, checkpoint, after=None, **sections):
+def run_qat(make_detector, dataset, checkpoint, after=None, evaluate=None, **sections):
     detector, progress = make_detector("yolov5", seed=2), Interrupter(after) if after else None
-    return train_qat(detector, dataset, make_recipe(**sections), checkpoint=checkpoint, key="k", progress=progress)
+    recipe = make_recipe(**sections)
+    return train_qat(detector, dataset, recipe, checkpoint=checkpoint, key="k", evaluate=evaluate, progress=progress)
 
 
 @pytest.fixture(scope="module")
@@ -441,13 +546,98 @@ def qat(make_detector, dataset, tmp_path_factory):
     return run_qat(make_detector, dataset, tmp_path_factory.mktemp("qat") / "checkpoint")
 
 
+def assert_same_result(left, right):
+    assert_same_state(dict(left.raw), dict(right.raw))
+    assert_same_state(left.model.state_dict(), right.model.state_dict())
+    assert without_times(left.history) == without_times(right.history)
+    assert left.diagnostics.to_json() == right.diagnostics.to_json()
+
+
 def test_interrupted_quantization_aware_training_ends_the_same(qat, make_detector, dataset, tmp_path):
     with pytest.raises(Stop):
         run_qat(make_detector, dataset, tmp_path / "checkpoint", after=3)
-    resumed = run_qat(make_detector, dataset, tmp_path / "checkpoint")
-    assert_same_state(dict(resumed.raw), dict(qat.raw))
-    assert_same_state(resumed.model.state_dict(), qat.model.state_dict())
-    assert without_times(resumed.history) == without_times(qat.history)
+    assert_same_result(run_qat(make_detector, dataset, tmp_path / "checkpoint"), qat)
+
+
+# Within two steps, weights must have gone there and back.
+OSCILLATING = {"lr": 0.03, "final_lr": 1.0, "warmup_epochs": 0.0, "oscillation_momentum": 0.3}
+SECTIONS = {
+    "freezing and dampening": {
+        **OSCILLATING,
+        "freezing": {"first": 0.2, "last": 0.2},
+        "dampening": {"weight": 0.01, "start": 0.0},
+    },
+    "stages and statistics": {**OSCILLATING, "backbone_first": 0.6, "norm": "batch", "reestimate_norm": 2},
+    "gradient rules": {
+        "optimizer": "sgd",
+        "gradient": {"lsq_scale": True, "margin": 0.1, "latent_damping": 2.0},
+        "loss": {"features": 1.0},
+        "precision": "bfloat16",
+    },
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_interrupted_training_of_every_kind_ends_the_same(make_detector, dataset, tmp_path, name):
+    whole = run_qat(make_detector, dataset, tmp_path / "whole", train=SECTIONS[name])
+    with pytest.raises(Stop):
+        run_qat(make_detector, dataset, tmp_path / "cut", after=3, train=SECTIONS[name])
+    if "freezing" in SECTIONS[name]:
+        tensors, info = load_tensors(tmp_path / "cut")
+        assert len(info["history"]) == 1 and tensors["raw/tracker.frozen"].sum() > 100
+        assert any(layer["frozen"] > 0.01 for layer in whole.diagnostics.layers.values())
+        assert all("dampening" in entry for entry in whole.history[1:])
+    assert_same_result(run_qat(make_detector, dataset, tmp_path / "cut", train=SECTIONS[name]), whole)
+
+
+def test_a_trained_model_needs_no_tracker(make_detector, dataset, tmp_path):
+    """What was frozen lies in the weights, of the average and of the raw state."""
+    result = run_qat(make_detector, dataset, tmp_path / "c", train=SECTIONS["freezing and dampening"])
+    frozen = load_tensors(tmp_path / "c")[0]
+    assert result.model.tracker is None and not [name for name in result.raw if name.startswith("tracker")]
+    model, start = result.model, 0
+    for state in (dict(result.raw), result.model.state_dict()):
+        model.load_state_dict({name: value.clone() for name, value in state.items()})
+        integers = torch.cat(
+            [(conv.quantized_weight() / conv.weight_scale()).flatten() for conv in model.convs().values()]
+        )
+        mask = frozen["raw/tracker.frozen"]
+        assert torch.equal(integers[mask].round().to(torch.int8), frozen["raw/tracker.frozen_integer"][mask])
+        start += mask.sum()
+    assert start > 200
+
+
+def test_validation_during_training_sees_a_network_that_is_quantized_throughout(make_detector, dataset, tmp_path):
+    """Also while only the backbone trains quantized, and by running statistics: scores must be of one kind."""
+    seen = []
+
+    def evaluate(model, detector):
+        quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
+        seen.append(all(quantizer.enabled for quantizer in quantizers))
+        return float(all(conv.norm_momentum is None for conv in model.convs().values()))
+
+    train = {"backbone_first": 0.9, "norm": "batch", "patience": 2}
+    result = run_qat(make_detector, dataset, tmp_path / "c", evaluate=evaluate, train=train)
+    assert seen == [True, True] and [entry["map50_95"] for entry in result.history] == [1.0, 1.0]
+
+
+def test_bfloat16_leaves_quantizers_and_state_in_float32(qat, make_detector, make_prepared, dataset, images, tmp_path):
+    model, kinds = make_prepared(make_detector("yolov5")), {}
+    for module in model.modules():
+        if isinstance(module, Quantizer | QuantConv):
+            kind = type(module).__name__
+            module.register_forward_hook(
+                lambda _, __, output, kind=kind: kinds.setdefault(kind, set()).add(output.dtype)
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = model(images)
+    assert kinds == {"Quantizer": {torch.float32}, "QuantConv": {torch.bfloat16}}
+    assert all(raw.dtype == torch.float32 for raw in maps)
+    result = run_qat(make_detector, dataset, tmp_path / "c", train={"precision": "bfloat16"})
+    assert {value.dtype for value in result.raw.values()} == {torch.float32}
+    for ours, exact in zip(result.history, qat.history, strict=True):
+        assert ours["loss"] != exact["loss"]
+        assert ours["loss"] == pytest.approx(exact["loss"], rel=0.1)
 
 
 def test_training_moves_weights_scales_and_offsets_and_averages_them(qat, make_detector, dataset, tmp_path):
