@@ -31,7 +31,7 @@ class Placement:
             changes nothing, but a runtime wants to see it.
         inner: Tensors between a convolution and the result of its activation (the input of SiLU or HardSwish, the
             sigmoid of SiLU), which some runtimes fuse away.
-        offset: Whether activations have an offset.
+        offset: Whether the inputs of convolutions have an offset.
     """
 
     layers: Mapping[str, LayerScheme]

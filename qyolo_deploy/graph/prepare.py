@@ -131,8 +131,11 @@ def _replace_convs(traced: fx.GraphModule, placement: Placement, weights: QuantS
 
 
 def _insert_quantizers(traced: fx.GraphModule, placement: Placement) -> None:
+    read = {placement.groups[source] for source in placement.inputs.values()}
     for group, spec in placement.specs.items():
-        traced.add_submodule(f"{_QUANTIZERS}.{group}", Quantizer(spec, offset=placement.offset))
+        # What no convolution reads (head maps, inputs of SiLU) would lose its whole meaning with its negative values.
+        offset = placement.offset or group not in read
+        traced.add_submodule(f"{_QUANTIZERS}.{group}", Quantizer(spec, offset=offset))
     for node in list(traced.graph.nodes):
         name = str(node.target)
         if name not in placement.groups or name in placement.repeats:

@@ -167,6 +167,8 @@ def dampen(model: PreparedModel, weight: float) -> float:
             continue
         spec, scale = conv.quantizer.spec, conv.weight_scale()
         error = torch.clamp(conv.weight, spec.qmin * scale, spec.qmax * scale) - _integers_of(conv) * scale
+        if conv.frozen is not None:
+            error = error.masked_fill(conv.frozen[0], 0.0)
         conv.weight.grad.add_(error, alpha=2 * weight)
         total += weight * float(error.square().sum())
     return total

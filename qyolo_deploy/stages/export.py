@@ -1,5 +1,6 @@
 """Stage `export`: the float baseline and an engine for each target."""
 
+from collections import Counter
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.metadata import engine_metadata, set_metadata
 from qyolo_deploy.export.qdq import insert_qdq
+from qyolo_deploy.export.saturation import low_bit_activations
 from qyolo_deploy.graph.simulate import fold_float
 from qyolo_deploy.models.registry import detector_of, load_detector
 from qyolo_deploy.quant.model import QuantizedModel
@@ -44,7 +46,23 @@ def run(context: StageContext) -> StageOutput:
         tick(steps, steps)
     files = [file for path in engines.values() for file in engine_files(path)]
     relative = {view: path.relative_to(context.folder).as_posix() for view, path in engines.items()}
-    return StageOutput("engines", files, {"engines": relative})
+    return StageOutput(
+        "engines", files, {"engines": relative, "low_bit_activations": _low_bit(context, model, quantized)}
+    )
+
+
+def _low_bit(context: StageContext, model: ir.Model, quantized: QuantizedModel) -> dict[str, dict[str, int]]:
+    """For each target, how many activations of fewer than 8 bits saturate by themselves and how many need a Clip."""
+    counts: dict[str, dict[str, int]] = {}
+    for target in context.recipe.export.targets:
+        ways = low_bit_activations(model, quantized, _left_out(context, target))
+        counts[target] = dict(Counter[str](ways.values()))
+    return counts
+
+
+def _left_out(context: StageContext, target: str) -> frozenset[str]:
+    """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded."""
+    return frozenset(context.artifacts["train"].info["inner"]) if target == "openvino" else frozenset()
 
 
 def _onnx_path(context: StageContext, label: str) -> Path:
@@ -66,8 +84,7 @@ def _onnxruntime(
 
 
 def _openvino(context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]) -> Path:
-    """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded."""
-    inner = frozenset(context.artifacts["train"].info["inner"])
+    inner = _left_out(context, "openvino")
     qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage, clip="values")
     stem = f"{context.stem}_{quantized.scheme}"
     folder = context.folder / "engines" / "openvino" / f"{stem}{OPENVINO_SUFFIX}"

@@ -1,6 +1,8 @@
 """Stage `train`: quantization-aware training."""
 
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,13 +12,18 @@ from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.prepare import PreparedModel
+from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.models.base import Detector
-from qyolo_deploy.models.registry import load_detector
+from qyolo_deploy.models.registry import detector_of, load_detector
 from qyolo_deploy.qat.train import QatResult, train_qat
+from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.follow import call_others
+from qyolo_deploy.training.loader import calibration_batches
 from qyolo_deploy.training.state import save_tensors
 from qyolo_deploy.validate.evaluate import EvalSettings, evaluate
+
+_SQNR_IMAGES = 4
 
 
 def join(context: StageContext) -> QatResult:
@@ -53,6 +60,22 @@ def _map(context: StageContext, model: PreparedModel, detector: Detector) -> flo
     return evaluate(runner, load_dataset(context.dataset, "val"), settings)[0].map50_95
 
 
+def _sqnr_without_inner(context: StageContext, quantized: QuantizedModel, inner: frozenset[str]) -> float:
+    """How near the head maps of a runtime that does not round inside activations come to the trained ones, in dB."""
+    others = {name: qparams for name, qparams in quantized.activations.items() if name not in inner}
+    detector = detector_of(quantized.architecture)
+    full, fused = (simulate(detector, model).core for model in (quantized, replace(quantized, activations=others)))
+    section = context.recipe
+    images = next(
+        iter(calibration_batches(context.training_data(), _SQNR_IMAGES, section.model.imgsz, _SQNR_IMAGES, 0))
+    )
+    with torch.no_grad():
+        pairs = list(zip(full(images), fused(images), strict=True))
+    signal = sum(float(one.square().sum()) for one, _ in pairs)
+    noise = sum(float((one - two).square().sum()) for one, two in pairs)
+    return round(10 * math.log10(signal / max(noise, 1e-12)), 2)
+
+
 def run(context: StageContext) -> StageOutput:
     """Writes the integers of the EMA model, and both the raw and the EMA state that they may be made from again."""
     folder = context.folder / "train"
@@ -73,6 +96,7 @@ def run(context: StageContext) -> StageOutput:
         "scheme": quantized.scheme,
         "oscillating": result.diagnostics.oscillating,
         "inner": sorted(placement.inner),
+        "inner_sqnr_db": _sqnr_without_inner(context, quantized, placement.inner) if placement.inner else None,
         "layers": [
             {
                 "name": name,

@@ -177,8 +177,15 @@ def _notes(context: StageContext) -> list[str]:
     if "openvino" in context.recipe.export.targets and train["inner"]:
         notes.append(
             f"OpenVINO leaves out {len(train['inner'])} quantizers inside SiLU that training models for ONNX Runtime: "
-            "it fuses convolution and SiLU into one int8 kernel."
+            "it fuses convolution and SiLU into one int8 kernel. Its head maps then differ from the trained ones by "
+            f"{train['inner_sqnr_db']} dB SQNR (4 training images)."
         )
+    for target, ways in context.artifacts["export"].info["low_bit_activations"].items():
+        if ways:
+            notes.append(
+                f"{target}: of the activations of fewer than 8 bits {ways.get('saturating', 0)} are clipped by the "
+                f"saturation of uint8, {ways.get('clip', 0)} by a Clip."
+            )
     if context.recipe.quantization.weights.bits < 8:
         bits = context.recipe.quantization.weights.bits
         notes.append(f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed.")
