@@ -51,7 +51,7 @@ class Stage:
 STAGES = (
     Stage("data", 1, "data", ("data",)),
     Stage("float", 1, "float_model", ("model", "float"), ("data",)),
-    Stage("train", 2, "train", ("model", "data", "quantization", "train"), ("data", "float")),
+    Stage("train", 3, "train", ("model", "data", "quantization", "train"), ("data", "float")),
     Stage("correct", 2, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",

@@ -34,7 +34,9 @@ def insert_qdq(
     Args:
         model: From `export_float`; opset 21 or newer for int4.
         quantized: Integers, scales and zero points.
-        leave_out: Tensors that this target does not quantize although the model was trained with them.
+        leave_out: Tensors that this target does not round although the model was trained with it. Those that come
+            out of a convolution are still clipped to their grid's range: low-bit training uses that as a bound of
+            SiLU's input, and runtimes fuse it.
         storage: `int8`, or `int4` for weights whose grid fits.
         clip: What is clipped where a grid of few bits needs it, and by a ReLU: `codes` keeps ONNX Runtime in
             integers, `values` is what OpenVINO fuses into the convolution. Both give the same codes.
@@ -61,6 +63,8 @@ def insert_qdq(
     for name, qparams in quantized.activations.items():
         if name not in leave_out:
             _keep_low_end(graph_model.graph, name, qparams, methods.get(name), clip)
+        elif name in quantized.layers:
+            _clip_values(graph_model.graph, name, qparams)
     graph_model.graph.sort()
     _ensures(graph_model.graph, quantized)
     return graph_model
@@ -213,12 +217,14 @@ def _keep_low_end(graph: ir.Graph, name: str, qparams: QParams, method: Method |
 
 
 def _clip_values(graph: ir.Graph, name: str, qparams: QParams) -> None:
-    """Clips a tensor before it is rounded, at the ends of its grid; divided by the scale, they are its end codes."""
+    """Clips a tensor at the ends of its grid; divided by the scale, they are its end codes."""
     value = _value(graph, name)
+    readers = list(value.uses())
     low, high = qparams.dequantize(np.array([qparams.spec.qmin, qparams.spec.qmax]))
     ends = [_constant(graph, f"{name}.{key}", np.asarray(end)) for key, end in (("low", low), ("high", high))]
-    (quantize,) = (use.node for use in value.uses())
-    quantize.replace_input_with(0, _add_node(graph, "Clip", [value, *ends], f"{name}.clipped"))
+    clipped = _add_node(graph, "Clip", [value, *ends], f"{name}.clipped")
+    for use in readers:
+        use.node.replace_input_with(use.idx, clipped)
 
 
 def _clip_codes(graph: ir.Graph, name: str, qparams: QParams, lowest: int) -> None:

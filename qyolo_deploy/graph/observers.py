@@ -32,7 +32,11 @@ def calibrate(
     samples = _observe(model, batches, progress)
     # Below -8 SiLU is flat: a range that reaches as far down as its input does wastes most of the grid.
     silu_inputs = model.placement.inner & set(model.convs())
+    gates = {name for name in model.placement.inner if name.endswith(".sigmoid")}
     for group, quantizer in model.quantizers().items():
+        if group in gates:
+            _span_sigmoid(quantizer)
+            continue
         seen_as = F.silu if group in silu_inputs else None
         if not quantizer.spec.signed and not quantizer.offset.requires_grad:
             samples[group].cut_below_zero()
@@ -104,6 +108,14 @@ def _observe(model: PreparedModel, batches: Iterable[Tensor], progress: Callable
         model.set_activations(True)
         model.set_weights(True)
     return samples
+
+
+@torch.no_grad()
+def _span_sigmoid(quantizer: Quantizer) -> None:
+    """All of 0..1, for good: a runtime that fuses SiLU computes the whole sigmoid."""
+    _set(quantizer, torch.tensor([1.0]) / quantizer.spec.qmax, torch.zeros(1))
+    quantizer.scale.requires_grad_(False)
+    quantizer.offset.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -18,10 +18,12 @@ class FixedQuantizer(nn.Module):
 
     Args:
         qparams: Per-tensor parameters.
+        rounds: False only clips to the range of the grid.
     """
 
-    def __init__(self, qparams: QParams) -> None:
+    def __init__(self, qparams: QParams, rounds: bool = True) -> None:
         super().__init__()
+        self.rounds = rounds
         self.scale = float(qparams.scale)
         self.low = qparams.spec.qmin - int(qparams.zero_point)
         self.high = qparams.spec.qmax - int(qparams.zero_point)
@@ -32,7 +34,7 @@ class FixedQuantizer(nn.Module):
 
     def from_codes(self, x: Tensor) -> Tensor:
         """The same for values that are in steps already; changes them in place."""
-        return x.round_().clamp_(self.low, self.high).mul_(self.scale)
+        return (x.round_() if self.rounds else x).clamp_(self.low, self.high).mul_(self.scale)
 
 
 class IntegerConv(nn.Module):
@@ -47,23 +49,23 @@ class IntegerConv(nn.Module):
         conv: The geometry.
         layer: Integers and weight scales.
         source: Parameters of the input.
-        target: Parameters of the output; None leaves it as the accumulator has it, for a fused activation to read.
+        target: What becomes of the output; None leaves it as the accumulator has it, for a ReLU to read.
     """
 
     weight: Tensor
     bias: Tensor
     ratio: Tensor
 
-    def __init__(self, conv: nn.Conv2d, layer: QuantizedLayer, source: QParams, target: QParams | None) -> None:
+    def __init__(self, conv: nn.Conv2d, layer: QuantizedLayer, source: QParams, target: FixedQuantizer | None) -> None:
         super().__init__()
         self.convolve = convolution_like(conv)
         self.register_buffer("weight", torch.from_numpy(layer.weight.astype(np.float32)))
         self.register_buffer("bias", torch.from_numpy(layer.bias.astype(np.float32)))
         ratio = source.scale * layer.qparams.scale
         self.input_scale = float(source.scale)
-        self.output = None if target is None else FixedQuantizer(target)
+        self.output = target
         if target is not None:
-            ratio = ratio / target.scale
+            ratio = ratio / np.float32(target.scale)
         self.register_buffer("ratio", torch.from_numpy(ratio)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,12 +134,13 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 @torch.no_grad()
-def simulate(detector: Detector, quantized: QuantizedModel) -> View:
+def simulate(detector: Detector, quantized: QuantizedModel, leave_out: frozenset[str] = frozenset()) -> View:
     """The fake-quantized view of the integers: convolutions in integer arithmetic, every tensor rounded.
 
     Args:
         detector: The architecture; its weights are not used.
         quantized: The integers.
+        leave_out: Tensors that a runtime does not round; convolutions' outputs among them are clipped all the same.
     """
     view = fold_float(detector)
     core = view.core
@@ -145,14 +148,15 @@ def simulate(detector: Detector, quantized: QuantizedModel) -> View:
     for name, layer in quantized.layers.items():
         conv = core.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        source, target = quantized.activations[layer.input], quantized.activations.get(name)
+        source, grid = quantized.activations[layer.input], quantized.activations.get(name)
+        target = None if grid is None else FixedQuantizer(grid, rounds=name not in leave_out)
         core.add_submodule(name, IntegerConv(conv, layer, source, target))
     for name, value in quantized.float_tensors.items():
         layer_name, _, key = name.rpartition(".")
         setattr(core.get_submodule(layer_name), key, nn.Parameter(torch.from_numpy(value)))
     for node in list(core.graph.nodes):
         name = str(node.target)
-        if name in quantized.activations and name not in quantized.layers:
+        if name in quantized.activations and name not in quantized.layers and name not in leave_out:
             _round_after(core, node, quantized.activations[name])
     core.recompile()
     return view.eval()

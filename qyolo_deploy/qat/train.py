@@ -183,5 +183,6 @@ def parameter_groups(model: PreparedModel, recipe: Recipe) -> list[ParameterGrou
     ]
     for quantizer in quantizers:
         learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
-        groups.append(ParameterGroup(learned, section.scale_lr * quantizer.scale.mean().item()))
+        if learned:
+            groups.append(ParameterGroup(learned, section.scale_lr * quantizer.scale.mean().item()))
     return groups

@@ -21,6 +21,8 @@ from qyolo_deploy.stages.context import StageContext, StageOutput
 # Opset 18 loads in every runtime of the last years; 4-bit integers came with 21.
 _OPSET = {"int8": 18, "int4": 21}
 
+_FINE_BITS = 8
+
 
 def run(context: StageContext) -> StageOutput:
     """Writes `engines/onnxruntime/*.onnx` and `engines/openvino/*_openvino_model/`."""
@@ -47,7 +49,13 @@ def run(context: StageContext) -> StageOutput:
     files = [file for path in engines.values() for file in engine_files(path)]
     relative = {view: path.relative_to(context.folder).as_posix() for view, path in engines.items()}
     return StageOutput(
-        "engines", files, {"engines": relative, "low_bit_activations": _low_bit(context, model, quantized)}
+        "engines",
+        files,
+        {
+            "engines": relative,
+            "low_bit_activations": _low_bit(context, model, quantized),
+            "left_out": {target: len(_left_out(context, target)) for target in recipe.export.targets},
+        },
     )
 
 
@@ -61,8 +69,12 @@ def _low_bit(context: StageContext, model: ir.Model, quantized: QuantizedModel) 
 
 
 def _left_out(context: StageContext, target: str) -> frozenset[str]:
-    """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded."""
-    return frozenset(context.artifacts["train"].info["inner"]) if target == "openvino" else frozenset()
+    """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded.
+
+    On a grid of few bits that flips too many codes; whoever wants the fused kernel there trains for OpenVINO alone.
+    """
+    leaves_out = target == "openvino" and context.recipe.quantization.activations.bits == _FINE_BITS
+    return frozenset(context.artifacts["train"].info["inner"]) if leaves_out else frozenset()
 
 
 def _onnx_path(context: StageContext, label: str) -> Path:

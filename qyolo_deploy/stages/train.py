@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -62,9 +61,8 @@ def _map(context: StageContext, model: PreparedModel, detector: Detector) -> flo
 
 def _sqnr_without_inner(context: StageContext, quantized: QuantizedModel, inner: frozenset[str]) -> float:
     """How near the head maps of a runtime that does not round inside activations come to the trained ones, in dB."""
-    others = {name: qparams for name, qparams in quantized.activations.items() if name not in inner}
     detector = detector_of(quantized.architecture)
-    full, fused = (simulate(detector, model).core for model in (quantized, replace(quantized, activations=others)))
+    full, fused = (simulate(detector, quantized, left_out).core for left_out in (frozenset[str](), inner))
     section = context.recipe
     images = next(
         iter(calibration_batches(context.training_data(), _SQNR_IMAGES, section.model.imgsz, _SQNR_IMAGES, 0))
