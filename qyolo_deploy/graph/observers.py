@@ -112,8 +112,11 @@ def _observe(model: PreparedModel, batches: Iterable[Tensor], progress: Callable
 
 @torch.no_grad()
 def _span_sigmoid(quantizer: Quantizer) -> None:
-    """All of 0..1, for good: a runtime that fuses SiLU computes the whole sigmoid."""
-    _set(quantizer, torch.tensor([1.0]) / quantizer.spec.qmax, torch.zeros(1))
+    """All of 0..1, for good: a runtime that fuses SiLU computes the whole sigmoid.
+
+    In steps of a power of two, so that the sigmoid of 0 is a level and not a tie that each runtime breaks otherwise.
+    """
+    _set(quantizer, torch.tensor([2.0**-quantizer.spec.bits]), torch.zeros(1))
     quantizer.scale.requires_grad_(False)
     quantizer.offset.requires_grad_(False)
 
