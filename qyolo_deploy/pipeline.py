@@ -62,7 +62,7 @@ STAGES = (
     ),
     Stage(
         "validate",
-        3,
+        4,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),
