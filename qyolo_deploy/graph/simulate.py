@@ -81,7 +81,7 @@ class IntegerConv(nn.Module):
 class IntegerAdd(nn.Module):
     """The sum of two quantized tensors in the arithmetic of ONNX Runtime's QLinearAdd.
 
-    `fma(a, s_a / s_c, fma(b, s_b / s_c, z_c - (z_a s_a + z_b s_b) / s_c))` on codes; a plain sum of dequantized
+    `fma(a, r_a, fma(b, r_b, z_c - fma(z_a, r_a, z_b r_b)))` on codes with `r_a = s_a / s_c`; a plain sum of dequantized
     values breaks a few of 65,536 ties otherwise, which is enough to reach every code of an image's last layer.
 
     Args:
@@ -95,8 +95,8 @@ class IntegerAdd(nn.Module):
         self.zeros = tuple(_container_zero(source) for source in sources)
         self.ratios = tuple(np.float32(source.scale) / np.float32(target.scale) for source in sources)
         zero = _container_zero(target)
-        shares = [np.float32(at * ratio) for at, ratio in zip(self.zeros, self.ratios, strict=True)]
-        self.constant = float(np.float32(np.float32(zero) - np.float32(shares[0] + shares[1])))
+        shares = float(self.zeros[0]) * float(self.ratios[0]) + float(np.float32(self.zeros[1] * self.ratios[1]))
+        self.constant = float(np.float32(zero) - np.float32(shares))
         self.zero, self.output = zero, FixedQuantizer(target)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:

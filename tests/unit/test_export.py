@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 from qyolo_deploy.engines.openvino import OpenVinoRunner, build_openvino
@@ -18,9 +18,10 @@ from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.export.saturation import low_bit_activations, shift_to_top
 from qyolo_deploy.graph.freeze import freeze
-from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerConv, fold_float, simulate
+from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerAdd, IntegerConv, fold_float, simulate
 from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.quant.model import QuantizedModel
+from qyolo_deploy.quant.qparams import QParams
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
 FLOAT_TOLERANCE = 2e-3  # of the spread of the values; float32 in another order
@@ -243,7 +244,7 @@ def codes_of_simulation(view, quantized, images):
     codes, handles = {}, []
     for name, module in view.core.named_modules():
         tensor = name.removeprefix("quantizers.")
-        if isinstance(module, IntegerConv | FixedQuantizer) and tensor in quantized.activations:
+        if isinstance(module, IntegerConv | IntegerAdd | FixedQuantizer) and tensor in quantized.activations:
             qparams = quantized.activations[tensor]
 
             def keep(_, inputs, output, tensor=tensor, qparams=qparams):
@@ -510,3 +511,32 @@ def test_another_process_writes_the_same_bytes(static_model, quantized, pico, re
     ir.save(insert_qdq(static_model, loaded), tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "float.onnx").read_bytes()
     assert (tmp_path / "b.onnx").read_bytes() == (tmp_path / "qdq.onnx").read_bytes()
+
+
+def test_a_sum_breaks_ties_as_onnxruntime_does():
+    """All 65,536 pairs of codes, with scales like those of a trained network."""
+    rng = np.random.default_rng(4)
+    for _ in range(20):
+        scales = rng.uniform(0.01, 0.2, 3).astype(np.float32)
+        zeros = rng.integers(0, 120, 3).astype(np.uint8)
+        terms = [QParams.of(QuantSpec(8, signed=False), scale, zero) for scale, zero in zip(scales, zeros, strict=True)]
+        codes = [np.repeat(np.arange(256, dtype=np.uint8), 256), np.tile(np.arange(256, dtype=np.uint8), 256)]
+        values = [
+            torch.from_numpy((code.astype(np.float32) - term.zero_point) * term.scale)
+            for code, term in zip(codes, terms, strict=False)
+        ]
+        ours = IntegerAdd((terms[0], terms[1]), terms[2])(*values)
+        names = ["a", "as", "az", "b", "bs", "bz", "cs", "cz"]
+        node = helper.make_node("QLinearAdd", names, ["c"], domain="com.microsoft")
+        constants = [
+            numpy_helper.from_array(np.array(value), f"{key}{kind}")
+            for key, scale, zero in zip("abc", scales, zeros, strict=True)
+            for kind, value in (("s", scale), ("z", zero))
+        ]
+        inputs = [helper.make_tensor_value_info(key, TensorProto.UINT8, [65536]) for key in "ab"]
+        outputs = [helper.make_tensor_value_info("c", TensorProto.UINT8, [65536])]
+        graph = helper.make_graph([node], "sum", inputs, outputs, constants)
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        (theirs,) = session_of(model.SerializeToString()).run(None, {"a": codes[0], "b": codes[1]})
+        np.testing.assert_array_equal(terms[2].quantize(ours.numpy()), theirs)
