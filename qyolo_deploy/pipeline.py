@@ -51,18 +51,18 @@ class Stage:
 STAGES = (
     Stage("data", 1, "data", ("data",)),
     Stage("float", 1, "float_model", ("model", "float"), ("data",)),
-    Stage("train", 3, "train", ("model", "data", "quantization", "train"), ("data", "float")),
+    Stage("train", 4, "train", ("model", "data", "quantization", "train"), ("data", "float")),
     Stage("correct", 2, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
-        2,
+        3,
         "export",
         ("name", "description", "model", "export", "release"),
         ("float", "train", "correct"),
     ),
     Stage(
         "validate",
-        4,
+        5,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),

@@ -112,7 +112,7 @@ def _observe(model: PreparedModel, batches: Iterable[Tensor], progress: Callable
 
 @torch.no_grad()
 def _span_sigmoid(quantizer: Quantizer) -> None:
-    """All of 0..1, for good: a runtime that fuses SiLU computes the whole sigmoid.
+    """The whole of 0..1 (but for the last step), for good: a runtime that fuses SiLU clips none of the sigmoid.
 
     In steps of a power of two, so that the sigmoid of 0 is a level and not a tie that each runtime breaks otherwise.
     """

@@ -34,7 +34,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
     Steps are 1, 2, 2.5 or 5 times a power of ten.
     """
-    if high <= low:
+    if high < low or math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-300):
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / count

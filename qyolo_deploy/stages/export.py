@@ -20,7 +20,6 @@ from qyolo_deploy.stages.context import StageContext, StageOutput
 
 # Opset 18 loads in every runtime of the last years; 4-bit integers came with 21.
 _OPSET = {"int8": 18, "int4": 21}
-
 _FINE_BITS = 8
 
 
@@ -54,7 +53,7 @@ def run(context: StageContext) -> StageOutput:
         {
             "engines": relative,
             "low_bit_activations": _low_bit(context, model, quantized),
-            "left_out": {target: len(_left_out(context, target)) for target in recipe.export.targets},
+            "left_out": {target: len(_left_out(context, quantized, target)) for target in recipe.export.targets},
         },
     )
 
@@ -63,17 +62,18 @@ def _low_bit(context: StageContext, model: ir.Model, quantized: QuantizedModel) 
     """For each target, how many activations of fewer than 8 bits saturate by themselves and how many need a Clip."""
     counts: dict[str, dict[str, int]] = {}
     for target in context.recipe.export.targets:
-        ways = low_bit_activations(model, quantized, _left_out(context, target))
+        ways = low_bit_activations(model, quantized, _left_out(context, quantized, target))
         counts[target] = dict(Counter[str](ways.values()))
     return counts
 
 
-def _left_out(context: StageContext, target: str) -> frozenset[str]:
+def _left_out(context: StageContext, quantized: QuantizedModel, target: str) -> frozenset[str]:
     """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded.
 
     On a grid of few bits that flips too many codes; whoever wants the fused kernel there trains for OpenVINO alone.
     """
-    leaves_out = target == "openvino" and context.recipe.quantization.activations.bits == _FINE_BITS
+    is_fine = all(qparams.spec.bits == _FINE_BITS for qparams in quantized.activations.values())
+    leaves_out = target == "openvino" and is_fine
     return frozenset(context.artifacts["train"].info["inner"]) if leaves_out else frozenset()
 
 
@@ -96,7 +96,7 @@ def _onnxruntime(
 
 
 def _openvino(context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]) -> Path:
-    inner = _left_out(context, "openvino")
+    inner = _left_out(context, quantized, "openvino")
     qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage, clip="values")
     stem = f"{context.stem}_{quantized.scheme}"
     folder = context.folder / "engines" / "openvino" / f"{stem}{OPENVINO_SUFFIX}"

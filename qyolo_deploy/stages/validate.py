@@ -9,8 +9,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
@@ -20,11 +18,12 @@ from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import Runner, open_engine
-from qyolo_deploy.graph.simulate import View, simulate
+from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.models.registry import detector_of
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.views import TorchRunner, sqnr_db
 from qyolo_deploy.validate.detections import decode
 from qyolo_deploy.validate.evaluate import EvalSettings
 from qyolo_deploy.validate.gates import GateResult, check_gates
@@ -43,19 +42,8 @@ PACKAGES = (
     "faster-coco-eval",
 )
 _SAMPLES = 4
+_SQNR_IMAGES = 4
 _SAMPLE_CONF = 0.3
-
-
-class _TorchRunner:
-    """A torch view as a runner."""
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-
-    def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            output: NDArray[np.float32] = self._view(torch.from_numpy(images)).numpy()
-        return output
 
 
 def run(context: StageContext) -> StageOutput:
@@ -104,9 +92,9 @@ def run(context: StageContext) -> StageOutput:
     return StageOutput("report", files, info)
 
 
-def _fake_quantized(context: StageContext) -> _TorchRunner:
+def _fake_quantized(context: StageContext) -> TorchRunner:
     quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
-    return _TorchRunner(simulate(detector_of(quantized.architecture), quantized))
+    return TorchRunner(simulate(detector_of(quantized.architecture), quantized))
 
 
 def _latencies(
@@ -174,19 +162,8 @@ def _notes(context: StageContext) -> list[str]:
     train, notes = context.artifacts["train"].info, []
     if train["float_layers"]:
         notes.append(f"In float: {', '.join(train['float_layers'])}.")
-    left_out = context.artifacts["export"].info["left_out"].get("openvino", 0)
-    if left_out:
-        notes.append(
-            f"OpenVINO does not round {left_out} tensors inside activations that training rounds for ONNX Runtime: it "
-            "fuses convolution and SiLU into one int8 kernel. Its head maps then differ from the trained ones by "
-            f"{train['inner_sqnr_db']} dB SQNR (4 training images)."
-        )
-    elif "openvino" in context.recipe.export.targets and train["inner"]:
-        notes.append(
-            "OpenVINO rounds inside activations as ONNX Runtime does, since without that few bits flip too many codes "
-            f"({train['inner_sqnr_db']} dB SQNR of the head maps, 4 training images): SiLU is a kernel of its own "
-            "then. Training for OpenVINO alone (export.targets) fuses it."
-        )
+    if "openvino" in context.recipe.export.targets and train["inner"]:
+        notes.append(_inner_note(context, frozenset(train["inner"])))
     for target, ways in context.artifacts["export"].info["low_bit_activations"].items():
         if ways:
             notes.append(
@@ -197,6 +174,23 @@ def _notes(context: StageContext) -> list[str]:
         bits = context.recipe.quantization.weights.bits
         notes.append(f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed.")
     return notes
+
+
+def _inner_note(context: StageContext, inner: frozenset[str]) -> str:
+    """What OpenVINO does inside activations, and how much it matters."""
+    quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
+    records = load_dataset(context.dataset, "val").images[:_SQNR_IMAGES]
+    images = [to_tensor(letterbox(read_image(r.path), context.recipe.model.imgsz, rect=False)[0]) for r in records]
+    told = f"{sqnr_db(quantized, inner, images):.1f} dB SQNR of the head maps, {len(images)} validation images"
+    if context.artifacts["export"].info["left_out"]["openvino"]:
+        return (
+            f"OpenVINO does not round {len(inner)} tensors inside activations that training rounds for ONNX Runtime "
+            f"({told}): it fuses convolution and activation into one int8 kernel."
+        )
+    return (
+        f"OpenVINO rounds inside activations as ONNX Runtime does, since few bits cannot do without ({told}): the "
+        "activation is a kernel of its own then. Training for OpenVINO alone (export.targets) fuses it."
+    )
 
 
 def gate_to_json(result: GateResult) -> dict[str, Any]:
