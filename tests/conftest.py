@@ -17,6 +17,8 @@ import qyolo_deploy
 # much where another process has the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest.register_assert_rewrite("helpers")  # so that their assertions explain themselves too
+
 REPOSITORY = Path(__file__).parent.parent
 PICO = REPOSITORY / "recipes" / "architectures" / "yolov8-pico.yaml"
 
@@ -155,6 +157,18 @@ def images():
     small = torch.rand(1, 3, 4, 6, generator=generator)
     smooth = torch.nn.functional.interpolate(small, (64, 96), mode="bilinear")
     return torch.cat([smooth, torch.rand(1, 3, 64, 96, generator=generator)])
+
+
+@pytest.fixture(scope="session")
+def train_scenes(tmp_path_factory):
+    """Twelve scenes of the size that the tests train on."""
+    from helpers.training import IMGSZ
+
+    from qyolo_deploy.data.dataset import load_dataset
+    from qyolo_deploy.data.synthetic import generate
+
+    root = tmp_path_factory.mktemp("scenes") / "data"
+    return load_dataset(generate(root, seed=0, train_images=12, val_images=1, imgsz=IMGSZ), "train")
 
 
 @pytest.fixture(scope="session")

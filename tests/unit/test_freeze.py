@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.layers import assert_integers_compute_the_layers
 
 from qyolo_deploy.graph.freeze import activation_qparams, freeze
 from qyolo_deploy.graph.simulate import simulate
@@ -119,30 +120,13 @@ def test_layers_in_float_are_folded_in_float(make_detector, make_prepared, make_
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_each_integer_layer_computes_what_the_layer_learned(bits, granularity, make_detector, make_prepared, images):
-    """Layer by layer, because a network of random weights makes noise out of one code that a tie turned.
-
-    Between the two lie the rounding to a code, and that of the bias to a step of the accumulator, which training does
-    not know: half a step is `ratio / 2` codes.
-    """
+    """Layer by layer, because a network of random weights makes noise out of one code that a tie turned."""
     axis = 0 if granularity == "per_channel" else None
     scheme = QuantScheme(QuantSpec(bits, granularity=granularity, axis=axis), QuantSpec(8, signed=False))
     detector = make_detector(seed=3)
     model = make_prepared(detector, scheme)
     quantized = freeze(model, {})
-    view = simulate(detector, quantized)
-    seen = {}
-    for name, conv in model.convs().items():
-        conv.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
-    with torch.no_grad():
-        model(images)
-        for name, (x, output) in seen.items():
-            target = quantized.activations[name]
-            codes = view.core.get_submodule(name)(x).double().numpy() / float(target.scale)
-            exact = output.double().numpy() / float(target.scale)
-            ends = (end - int(target.zero_point) for end in (target.spec.qmin, target.spec.qmax))
-            ratio = quantized.bias_scale(name).astype(np.float64)[:, None, None] / float(target.scale)
-            assert (np.abs(codes - np.clip(exact, *ends)) <= 0.5 + 0.5 * ratio + 1e-3).all(), name
-    assert len(seen) == len(quantized.layers)
+    assert_integers_compute_the_layers(model, quantized, simulate(detector, quantized), images)
 
 
 def test_a_saved_model_simulates_the_same(quantized, pico, images, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.layers import assert_integers_compute_the_layers
 from torch import nn
 
 from qyolo_deploy.graph.freeze import freeze
@@ -87,25 +88,11 @@ def test_a_channel_that_hardly_varies_gets_its_mean_and_keeps_a_finite_gain(pair
 
 
 def test_the_integers_compute_what_was_matched(pico, make_prepared, images):
-    """Layer by layer; between the two lie rounding to a code, and that of the bias to a step of the accumulator."""
     model = make_prepared(pico)
     untouched = freeze(model, {})
     match_moments(model, pico, images)
     quantized = freeze(model, {})
-    view = simulate(pico, quantized)
-    seen = {}
-    for name, conv in model.convs().items():
-        conv.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
-    with torch.no_grad():
-        model(images)
-        for name, (x, output) in seen.items():
-            target = quantized.activations[name]
-            ends = (end - int(target.zero_point) for end in (target.spec.qmin, target.spec.qmax))
-            codes = view.core.get_submodule(name)(x).double().numpy() / float(target.scale)
-            exact = np.clip(output.double().numpy() / float(target.scale), *ends)
-            ratio = quantized.bias_scale(name).astype(np.float64)[:, None, None] / float(target.scale)
-            assert (np.abs(codes - exact) <= 0.5 + 0.5 * ratio + 1e-3).all(), name
-    assert set(seen) == set(quantized.layers)
+    assert_integers_compute_the_layers(model, quantized, simulate(pico, quantized), images)
     for name, layer in quantized.layers.items():  # scales and biases alone were corrected
         np.testing.assert_array_equal(layer.weight, untouched.layers[name].weight)
         assert (layer.qparams.scale != untouched.layers[name].qparams.scale).any()
