@@ -3,8 +3,11 @@
 The functions behind the commands, imported when they are first used:
 
 * `build(recipe, settings=(), data=None, out="runs")`: recipe to release.
+* `run_matrix(file)`: many builds of one recipe as a table.
 * `validate(engine, data)`: COCO mAP and latency of any engine file.
 * `verify_release(path)`: proof that a release is whole and unchanged.
+* `create_calibration_set(data, out, CalibrationChoice(images=128))`, `verify_calibration_set(path, data)`,
+  `read_calibration_set(path)`: calibration subsets as data.
 * `check_runtimes()`: what this machine can build and run.
 * `load_recipe(path)`, `recipe_schema()`: recipes.
 """
@@ -22,9 +25,15 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 _HOMES = {
     "build": "qyolo_deploy.pipeline",
     "BuildResult": "qyolo_deploy.pipeline",
+    "run_matrix": "qyolo_deploy.matrix.run",
     "validate": "qyolo_deploy.validate.run",
     "EvalReport": "qyolo_deploy.validate.report",
     "verify_release": "qyolo_deploy.release.verify",
+    "create_calibration_set": "qyolo_deploy.stages.calibration",
+    "verify_calibration_set": "qyolo_deploy.stages.calibration",
+    "CalibrationChoice": "qyolo_deploy.stages.calibration",
+    "CalibrationSet": "qyolo_deploy.data.calibration",
+    "read_calibration_set": "qyolo_deploy.data.calibration",
     "check_runtimes": "qyolo_deploy.doctor",
     "load_recipe": "qyolo_deploy.recipe_file",
     "recipe_schema": "qyolo_deploy.recipe_file",

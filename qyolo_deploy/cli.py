@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qyolo_deploy import cli_calibration
 from qyolo_deploy._version import __version__
+from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.errors import GateFailedError, InputError, QyoloError
-
-_PIPE_WIDTH = 240
 
 app = typer.Typer(
     name="qyolo",
@@ -33,9 +34,8 @@ demo_app = typer.Typer(help="See in seconds what the methods do.", no_args_is_he
 app.add_typer(demo_app, name="demo")
 bench_app = typer.Typer(help="Measure speed and memory of what takes long.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cli_calibration.app, name="calibration")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3", metavar="KEY=VALUE")
 ]
@@ -108,20 +108,8 @@ def build(
         raise typer.Exit(GateFailedError.exit_code)
 
 
-def _stdout() -> Console:
-    """For tables and results; in a file or a pipe nothing is cut off to fit a screen that is not there."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-
-
-def _table(*columns: str) -> Table:
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _print_build(result: dict[str, Any]) -> None:
-    console = _stdout()
+    console = stdout()
     if not result["ran"]:
         console.print(f"{result['folder']}: everything is up to date, nothing was done", markup=False)
     if result["views"]:
@@ -135,7 +123,7 @@ def _print_build(result: dict[str, Any]) -> None:
 
 
 def _views_table(views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]] = ()) -> Table:
-    table = _table("view")
+    table = make_table("view")
     for column in ("mAP50-95", "mAP50", "size MB", "p50 ms", "p95 ms", "gates"):
         table.add_column(column, justify="right")
     gates = list(gates)
@@ -151,6 +139,41 @@ def _views_table(views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]
             f"{sum(gate['passed'] for gate in own)}/{len(own)} passed" if own else "-",
         )
     return table
+
+
+@app.command()
+def matrix(
+    file: Annotated[Path, typer.Argument(help="Matrix YAML: rows of methods, columns of settings.")],
+    settings: Settings = None,
+    data: Annotated[str | None, typer.Option(help="Dataset instead of the recipe's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder under which <matrix name>/ is made.")] = Path("runs"),
+    seeds: Annotated[int | None, typer.Option(min=1, help="Builds of each cell.")] = None,
+    budget: Annotated[str | None, typer.Option(help="One of the file's shorter ways through.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, with a share of the cores each.")] = 1,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run or resume many builds of one recipe and print them as a table."""
+    from qyolo_deploy.matrix.run import run_matrix
+    from qyolo_deploy.matrix.table import caption, table
+
+    with Reporter(quiet).progress("cells") as tick:
+        result = run_matrix(file, data, out, seeds, budget, settings or (), jobs, tick)
+    if not quiet:
+        head, rows = table(result)
+        shown = make_table(*head)
+        for row in rows:
+            shown.add_row(*map(escape, row))
+        stdout().print(caption(result), markup=False)
+        stdout().print(shown)
+        stdout().print(f"cells: {result.folder / 'cells.csv'}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"folder": str(result.folder), "cells": [asdict(cell) for cell in result.cells]}))
+    if result.failed and not as_json:
+        first = result.failed[0]
+        raise GateFailedError(f"{len(result.failed)} of {len(result.cells)} cells failed; {first.name}: {first.error}")
+    if result.failed:
+        raise typer.Exit(GateFailedError.exit_code)
 
 
 @app.command()
@@ -170,7 +193,7 @@ def validate(
     with Reporter(quiet).progress(f"validating {engine.name}") as tick:
         report = run_validate(engine, data, imgsz, conf, iou, precision_hint=precision_hint, progress=tick).to_json()
     if not quiet:
-        _stdout().print(_views_table([report]))
+        stdout().print(_views_table([report]))
     if as_json:
         print(json.dumps(report))
 
@@ -195,7 +218,7 @@ def verify(
     }
     if not quiet:
         text = f"{facts['name']} {facts['version']}: {facts['files']} files as released, digest {facts['digest']}"
-        _stdout().print(text, markup=False, soft_wrap=True)
+        stdout().print(text, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(facts))
 
@@ -203,17 +226,15 @@ def verify(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show runtimes, versions and devices, what is missing and how to get it."""
-    from dataclasses import asdict
-
     from qyolo_deploy.doctor import check_runtimes
 
     findings = check_runtimes()
-    table = _table("component", "status", "version", "details", "how to get it", "needed for")
+    table = make_table("component", "status", "version", "details", "how to get it", "needed for")
     for found in findings:
         color = "green" if found.status == "ok" else "yellow"
         cells = (found.version, found.details, found.remedy, found.needed_for)
         table.add_row(found.component, f"[{color}]{found.status}[/]", *map(escape, cells))
-    _stdout().print(table)
+    stdout().print(table)
     if as_json:
         print(json.dumps({"findings": [asdict(found) for found in findings]}))
 
@@ -241,7 +262,7 @@ def recipe_list(folder: Annotated[Path, typer.Argument(help="Folder of recipes."
 
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of recipes")
-    table = _table("recipe", "model", "bits", "targets", "description")
+    table = make_table("recipe", "model", "bits", "targets", "description")
     for path in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(path)
         model = recipe.model.weights or str(recipe.model.architecture)
@@ -252,7 +273,7 @@ def recipe_list(folder: Annotated[Path, typer.Argument(help="Folder of recipes."
             ", ".join(recipe.export.targets),
             escape(recipe.description),
         )
-    _stdout().print(table)
+    stdout().print(table)
 
 
 @demo_app.command("oscillation")
@@ -266,11 +287,11 @@ def demo_oscillation(
 
     numbers = run_oscillation(out, seed)
     for head, rows in (frequency_table(numbers), error_table(numbers)):
-        table = _table(*head)
+        table = make_table(*head)
         for row in rows:
             table.add_row(*row)
-        _stdout().print(table)
-    _stdout().print(f"page: {out}", markup=False, soft_wrap=True)
+        stdout().print(table)
+    stdout().print(f"page: {out}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"page": str(out), **numbers}))
 
@@ -298,9 +319,9 @@ def bench_train(
         result = run_bench(settings, tick)
     if not quiet:
         head, rows = bench_table(result)
-        table = _table(*head)
+        table = make_table(*head)
         for row in rows:
             table.add_row(*map(escape, row))
-        _stdout().print(table)
+        stdout().print(table)
     if as_json:
         print(json.dumps(result))

@@ -14,8 +14,9 @@ from typing import Any
 
 from qyolo_deploy._version import __version__
 from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, package_versions, sha256_json
-from qyolo_deploy.atomic import write_atomic
+from qyolo_deploy.atomic import atomic_path, write_atomic
 from qyolo_deploy.console import Reporter
+from qyolo_deploy.data.calibration import read_calibration_set
 from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.images import list_images
 from qyolo_deploy.data.synthetic import GENERATOR_VERSION
@@ -51,8 +52,8 @@ class Stage:
 STAGES = (
     Stage("data", 1, "data", ("data",)),
     Stage("float", 1, "float_model", ("model", "float"), ("data",)),
-    Stage("train", 4, "train", ("model", "data", "quantization", "train"), ("data", "float")),
-    Stage("correct", 2, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
+    Stage("train", 5, "train", ("model", "data", "quantization", "train"), ("data", "float")),
+    Stage("correct", 3, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
         3,
@@ -120,6 +121,7 @@ def build(
     until: str | None = None,
     force: str | None = None,
     reporter: Reporter | None = None,
+    share: Path | None = None,
 ) -> BuildResult:
     """Runs a recipe from its data to its release, as far as it is not done yet.
 
@@ -131,6 +133,8 @@ def build(
         until: Last stage to run.
         force: Stage to run even if it is up to date.
         reporter: Where progress goes; by default nowhere.
+        share: Folder of builds (`<share>/*/<recipe name>/`) whose finished stages are taken over instead of run
+            where nothing that decides them differs.
 
     Returns:
         What was run and measured. A gate that failed is told by `passed`; there is no release then.
@@ -148,7 +152,7 @@ def build(
         importlib.import_module("qyolo_deploy.stages.follow").follow()
         return BuildResult(Path(out) / loaded.name, (), (), (), ())
     try:
-        return _build_first(loaded, Path(recipe), data, Path(out), until, force, reporter)
+        return _build_first(loaded, Path(recipe), data, Path(out), until, force, reporter, share)
     finally:
         if world > 1:
             importlib.import_module("qyolo_deploy.stages.follow").dismiss_others()
@@ -162,12 +166,13 @@ def _build_first(
     until: str | None,
     force: str | None,
     reporter: Reporter | None,
+    share: Path | None,
 ) -> BuildResult:
     """The build itself, which of several processes the first one does."""
     plan = _Plan(loaded, recipe, data)
     folder = out / loaded.name
     with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
-        return _Build(plan, folder, reporter or Reporter(quiet=True), digests).run(until, force)
+        return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share).run(until, force)
 
 
 class _Plan:
@@ -179,6 +184,8 @@ class _Plan:
         self.source = None if source == SYNTHETIC else find_input(source, path)
         unlabeled = recipe.data.unlabeled
         self.unlabeled = None if unlabeled is None else find_input(unlabeled, path, "data.unlabeled")
+        calibration = recipe.data.calibration
+        self.calibration = None if calibration is None else find_input(calibration, path, "data.calibration")
         weights = recipe.model.weights
         self.weights: Path | None = None
         if weights is not None:
@@ -203,6 +210,8 @@ class _Plan:
         if stage.name == "data" and self.unlabeled is not None:
             images = [[str(path.relative_to(self.unlabeled)), sha256(path)] for path in list_images(self.unlabeled)]
             found["unlabeled"] = sha256_json(images)
+        if stage.name == "data" and self.calibration is not None:
+            found["calibration"] = read_calibration_set(self.calibration).digest
         if stage.name == "train":
             found["inside activations"] = str("onnxruntime" in self.recipe.export.targets)
         if stage.name == "float" and self.weights is not None:
@@ -217,8 +226,11 @@ class _Plan:
 class _Build:
     """One build in its folder."""
 
-    def __init__(self, plan: _Plan, folder: Path, reporter: Reporter, digests: DigestCache) -> None:
+    def __init__(
+        self, plan: _Plan, folder: Path, reporter: Reporter, digests: DigestCache, share: Path | None = None
+    ) -> None:
         self._plan, self._folder, self._reporter, self._digests = plan, folder, reporter, digests
+        self._others = [] if share is None else sorted(share.glob(f"*/{plan.recipe.name}"))
         self._artifacts: dict[str, Artifact] = {}
         self._ran: list[str] = []
 
@@ -252,7 +264,7 @@ class _Build:
         key = self._key(stage, inputs)
         if forced:  # else training would be taken up where its checkpoint ends, which is at its end
             (self._folder / stage.name / "checkpoint.safetensors").unlink(missing_ok=True)
-        artifact = None if forced else self._recorded(stage, key)
+        artifact = None if forced else self._recorded(stage, key, self._folder) or self._taken_over(stage, key)
         if artifact is None:
             artifact = self._execute(stage, key, inputs)
             self._ran.append(stage.name)
@@ -262,14 +274,30 @@ class _Build:
         sections = {name: self._plan.recipe.section(name) for name in stage.sections}
         return sha256_json([stage.name, stage.version, sections, dict(inputs)])
 
-    def _recorded(self, stage: Stage, key: str) -> Artifact | None:
+    def _taken_over(self, stage: Stage, key: str) -> Artifact | None:
+        """The same stage's artifact from another build."""
+        for other in self._others:
+            if other == self._folder or (artifact := self._recorded(stage, key, other)) is None:
+                continue
+            for file in artifact.files:
+                with atomic_path(self._folder / file.path) as temporary:
+                    shutil.copyfile(other / file.path, temporary)
+            self._record(artifact)
+            self._log(stage.name, "taken over", source=str(other))
+            return artifact
+        return None
+
+    def _record(self, artifact: Artifact) -> None:
+        write_atomic(self._folder / _RECORDS / f"{artifact.stage}.json", json.dumps(artifact.to_json(), indent=1))
+
+    def _recorded(self, stage: Stage, key: str, folder: Path) -> Artifact | None:
         """The stage's artifact if it is up to date: same key, all files as they were written."""
         try:
-            text = (self._folder / _RECORDS / f"{stage.name}.json").read_text(encoding="utf-8")
+            text = (folder / _RECORDS / f"{stage.name}.json").read_text(encoding="utf-8")
             artifact = Artifact.from_json(json.loads(text))
             if artifact.key != key:
                 return None
-            artifact.verify(self._folder)
+            artifact.verify(folder)
         except (OSError, ValueError):
             return None
         except IntegrityError as error:
@@ -288,6 +316,7 @@ class _Build:
                 key=key,
                 source=self._plan.source,
                 unlabeled=self._plan.unlabeled,
+                calibration=self._plan.calibration,
                 weights=self._plan.weights,
                 architecture=self._plan.architecture,
                 artifacts=self._artifacts,
@@ -304,7 +333,7 @@ class _Build:
             environment=environment_fingerprint(("torch", "onnxruntime", "openvino")) | {"qyolo_deploy": __version__},
             info=output.info,
         )
-        write_atomic(self._folder / _RECORDS / f"{stage.name}.json", json.dumps(artifact.to_json(), indent=1))
+        self._record(artifact)
         seconds = round(time.monotonic() - start, 1)
         self._log(stage.name, "end", seconds=seconds)
         self._reporter.note(f"{stage.name}: {seconds} s")
@@ -339,7 +368,7 @@ def _folder(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: not writable", hint="--out names another place.")
     try:
         yield
-    except (InputError, OSError):
+    except (InputError, IntegrityError, OSError):
         if folder in made and not (folder / _RECORDS / "float.json").exists():
             shutil.rmtree(folder)
             for parent in made[1:]:

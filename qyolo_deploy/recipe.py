@@ -51,7 +51,13 @@ class DataSection(Section):
     source: str = Field(description="Dataset YAML, its folder, or `synthetic`")
     synthetic: SyntheticSection = SyntheticSection()
     unlabeled: str | None = Field(None, description="Folder of images without labels, for distillation")
-    calibration_images: Positive = Field(64, description="Images of the training split that set the first scales")
+    calibration: str | None = Field(
+        None, description="File of a calibration subset, as `qyolo calibration create` makes it: its images set scales"
+    )
+    calibration_images: Positive = Field(
+        64,
+        description="Images of the training split that set the first scales; with `calibration` at most so many of it",
+    )
 
 
 class WeightsSection(Section):
@@ -87,7 +93,11 @@ class QuantizationSection(Section):
     observer: Literal["mse", "minmax", "moving_average", "percentile", "entropy"] = Field(
         "mse", description="How the first activation ranges are found"
     )
-    match_moments: bool = Field(True, description="Start with each channel's mean and spread as in the float model")
+    start: Literal["compensated", "moments", "ranges"] = Field(
+        "compensated",
+        description="After range search: nothing; each channel's mean and spread matched to the float model; or that "
+        "and weights rounded so that each makes up for the errors of those before it (GPTQ)",
+    )
     overrides: dict[str, OverrideSection] = {}
     keep_float: tuple[str, ...] = ()
 
@@ -219,9 +229,14 @@ class TrainSection(TrainingSection):
 
 
 class CorrectSection(Section):
-    """Quantization correction: per-channel gain and shift, learned and folded."""
+    """Quantization correction: gain and shift behind each convolution, learned and folded."""
 
     enabled: bool = True
+    state: Literal["ema", "raw"] = Field(
+        "ema", description="Which of training's two states goes on to the engines, corrected or not"
+    )
+    learn: Literal["both", "gain", "shift"] = "both"
+    granularity: Granularity = Field("per_channel", description="One gain and shift a channel, or one a layer")
     images: Positive = 128
     epochs: Positive = 1
     batch: Positive = 16

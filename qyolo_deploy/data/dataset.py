@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from qyolo_deploy.artifact import sha256_file
@@ -21,7 +22,9 @@ __all__ = [
     "ImageRecord",
     "check_images",
     "digest_dataset",
+    "digest_images",
     "find_input",
+    "image_names",
     "load_dataset",
 ]
 
@@ -125,10 +128,45 @@ def _check_image(record: ImageRecord) -> None:
         raise InputError(f"{record.path}: the image is {width} x {height} px, but annotated as {annotated}")
 
 
-def digest_dataset(dataset: DetectionDataset, sha256: Callable[[Path], str] = sha256_file) -> str:
-    """Sha256 over names and contents of all images, the classes and the annotations.
+def image_names(dataset: DetectionDataset) -> list[str]:
+    """Paths of all images from their common folder, with `/`: what stays the same where a dataset moves."""
+    base = Path(os.path.commonpath([image.path.absolute().parent for image in dataset.images]))
+    return [image.path.absolute().relative_to(base).as_posix() for image in dataset.images]
 
-    Names count from the images' common folder, so that a dataset may move without changing its digest.
+
+def digest_images(
+    images: Sequence[ImageRecord],
+    sha256: Callable[[Path], str] = sha256_file,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Sha256 of the file of each image.
+
+    Args:
+        images: What to digest.
+        sha256: Digest of a file; a cached one saves reading unchanged files again.
+        progress: Called with (images done, images in all).
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    digests = []
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
+        for digest in pool.map(partial(_digest_file, sha256), (image.path for image in images)):
+            digests.append(digest)
+            if progress is not None:
+                progress(len(digests), len(images))
+    return digests
+
+
+def _digest_file(sha256: Callable[[Path], str], path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise InputError(f"{path}: the file cannot be read ({error.strerror})") from error
+
+
+def digest_dataset(dataset: DetectionDataset, sha256: Callable[[Path], str] = sha256_file) -> str:
+    """Sha256 over names (see `image_names`) and contents of all images, the classes and the annotations.
 
     Args:
         dataset: What to digest.
@@ -137,23 +175,12 @@ def digest_dataset(dataset: DetectionDataset, sha256: Callable[[Path], str] = sh
     Raises:
         InputError: A file cannot be read.
     """
-
-    def digest_file(path: Path) -> str:
-        try:
-            return sha256(path)
-        except OSError as error:
-            raise InputError(f"{path}: the file cannot be read ({error.strerror})") from error
-
-    base = Path(os.path.commonpath([image.path.absolute().parent for image in dataset.images]))
-    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        digests = list(pool.map(digest_file, (image.path for image in dataset.images)))
-    names = [image.path.absolute().relative_to(base).as_posix() for image in dataset.images]
     if dataset.annotation_file is None:
         annotations = hashlib.sha256(json.dumps(dataset.ground_truth, sort_keys=True).encode()).hexdigest()
     else:
-        annotations = digest_file(dataset.annotation_file)
+        annotations = _digest_file(sha256, dataset.annotation_file)
     content = {
-        "images": sorted(zip(names, digests, strict=True)),
+        "images": sorted(zip(image_names(dataset), digest_images(dataset.images, sha256), strict=True)),
         "classes": list(zip(dataset.class_names, dataset.category_ids, strict=True)),
         "annotations": annotations,
     }

@@ -1,6 +1,5 @@
 """A convolution with a quantized weight, its batch normalisation and its correction as one module."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ MIN_GAMMA = 1e-6
 _DEAD_SHARE = 1e-3
 
 
-def convolution_like(conv: nn.Conv2d) -> Callable[..., Tensor]:
+def convolution_like(conv: nn.Conv2d) -> partial[Tensor]:
     """The function `conv2d(x, weight, bias=None)` with a module's stride, padding, dilation and groups."""
     geometry = {key: getattr(conv, key) for key in ("stride", "padding", "dilation", "groups")}
     return partial(F.conv2d, **geometry)
@@ -37,6 +36,8 @@ class QuantConv(nn.Module):
         norm_momentum: With a number, batch normalisation uses the statistics of the batch and moves the running ones
             towards them by that share; None uses the running ones.
         frozen: Mask and integers of weights that no longer learn, each of the weight's shape.
+        source: Quantizer of what the layer reads, once it is known; biases are then rounded as the int32 ones of an
+            engine are. In a tuple, as the module belongs to the graph and not to the layer.
     """
 
     mean: Tensor
@@ -68,6 +69,7 @@ class QuantConv(nn.Module):
         self.quantizer = Quantizer(spec, channels) if spec is not None else None
         self.norm_momentum: float | None = None
         self.frozen: tuple[Tensor, Tensor] | None = None
+        self.source: tuple[Quantizer, ...] = ()
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """Factor and bias, each `[C_out]`, of what follows the convolution."""
@@ -83,7 +85,19 @@ class QuantConv(nn.Module):
         if self.has_norm and self.norm_momentum is not None:
             return self._normalise(self.convolve(x, weight), self.norm_momentum)
         factor, bias = self.affine()
-        return self.convolve(x, weight * factor[:, None, None, None], bias)
+        return self.convolve(x, weight * factor[:, None, None, None], self._rounded(bias, factor))
+
+    def _rounded(self, bias: Tensor, factor: Tensor) -> Tensor:
+        """The bias in whole steps of the accumulator, which are input scale times folded weight scale."""
+        if self.quantizer is None or not self.source:
+            return bias
+        (source,) = self.source
+        if not (source.enabled and self.quantizer.enabled):
+            return bias
+        with torch.no_grad():
+            step = source.scale * self.weight_scale().flatten() * factor
+            rounded = torch.round(bias / step) * step
+        return bias + (rounded - bias).detach()
 
     def quantized_weight(self) -> Tensor:
         """The weights on their grid, float32 `[C_out, C_in / groups, kH, kW]`; of a float layer as they are."""

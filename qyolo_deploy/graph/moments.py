@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from qyolo_deploy.graph.compensate import compensate_
 from qyolo_deploy.graph.layers import QuantConv
 from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.graph.simulate import fold_float
@@ -23,7 +24,7 @@ Moments = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def match_moments(model: PreparedModel, detector: Detector, images: Tensor) -> None:
+def match_moments(model: PreparedModel, detector: Detector, images: Tensor, compensated: bool = False) -> None:
     """Gives every convolution's output the mean and spread that it has in the float network.
 
     One pass from the first layer to the last, in which each layer already reads what those before it were corrected
@@ -33,9 +34,17 @@ def match_moments(model: PreparedModel, detector: Detector, images: Tensor) -> N
         model: Calibrated; changed in place.
         detector: The float network of the same architecture.
         images: float32 `[N, 3, H, W]` in 0..1, from the training split.
+        compensated: Round each layer's weights with `compensate_` first.
     """
     wanted = _float_moments(detector, images, set(model.convs()))
     handles = [conv.register_forward_hook(_corrector(wanted[name])) for name, conv in model.convs().items()]
+    if compensated:
+        generator = torch.Generator().manual_seed(0)
+        handles += [
+            conv.register_forward_pre_hook(lambda conv, inputs: compensate_(conv, inputs[0], generator))
+            for conv in model.convs().values()
+            if conv.quantizer is not None
+        ]
     try:
         model(images)
     finally:

@@ -38,6 +38,10 @@ class PreparedModel(nn.Module):
         self.spec = spec
         self.scheme = scheme
         self.tracker: nn.Module | None = None  # of oscillations, while it trains
+        quantizers = self.quantizers()
+        for name, conv in self.convs().items():
+            if name in placement.inputs:
+                conv.source = (quantizers[placement.groups[placement.inputs[name]]],)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Float32 `[N, 3, H, W]` in 0..1 to the raw head maps."""

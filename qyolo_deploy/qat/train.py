@@ -26,7 +26,7 @@ from qyolo_deploy.training.losses import detections_loss, make_step
 
 _CALIBRATION_BATCH = 8
 _REFINING_IMAGES = 2
-_MATCHING_IMAGES = 16
+_MATCHING_PIXELS = 16 * 640**2  # as many as fit the memory of a small machine with all activations
 _NORM_MOMENTUM = 0.03  # ultralytics' for batch normalisation
 
 
@@ -47,6 +47,7 @@ def train_qat(
     *,
     checkpoint: Path,
     key: str,
+    calibration: DetectionDataset | None = None,
     evaluate: Callable[[PreparedModel, Detector], float] | None = None,
     progress: Progress | None = None,
 ) -> QatResult:
@@ -61,13 +62,14 @@ def train_qat(
         recipe: Sections model, data, quantization, train and export (whose targets decide the placement).
         checkpoint: Resumable state, written after each epoch.
         key: Digest of everything that decides the result.
+        calibration: Images that set the first scales; by default those of `dataset`.
         evaluate: mAP of a model; needed for early stopping.
         progress: Called after each batch.
 
     Raises:
         InputError: If the scheme does not fit the architecture.
     """
-    model = calibrated(detector, dataset, recipe, progress)
+    model = calibrated(detector, calibration or dataset, recipe, progress)
     section = recipe.train
     loader = Loader.of(dataset, section, recipe.model.imgsz, distributed.shard())
     hooks = QatHooks(model, section, section.epochs * len(loader))
@@ -149,10 +151,10 @@ def calibrated(
     calibrate(model, batches, tick, recipe.quantization.observer)
     few = torch.cat(list(calibration_batches(dataset, _REFINING_IMAGES, recipe.model.imgsz, 1, recipe.train.seed)))
     refine_outputs(model, few, detector.decode, detections_loss)
-    if recipe.quantization.match_moments:
-        shown = min(_MATCHING_IMAGES, images)
+    if recipe.quantization.start != "ranges":
+        shown = min(max(1, _MATCHING_PIXELS // recipe.model.imgsz**2), images)
         batch = calibration_batches(dataset, shown, recipe.model.imgsz, shown, recipe.train.seed)
-        match_moments(model, detector, next(iter(batch)))
+        match_moments(model, detector, next(iter(batch)), recipe.quantization.start == "compensated")
     return model
 
 

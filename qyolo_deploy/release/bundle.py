@@ -18,8 +18,8 @@ from qyolo_deploy.release.manifest import (
     ReleaseInfo,
     check_unique,
     manifest_to_text,
-    validation_message,
 )
+from qyolo_deploy.strict import validation_message
 
 
 def _check_plan(files: Mapping[str, Path]) -> None:

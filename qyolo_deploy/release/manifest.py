@@ -1,46 +1,33 @@
 """The manifest of a release: what it is, where it comes from, how to feed and read it, and all its files."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from qyolo_deploy.artifact import canonical_json, check_relative_path, sha256_json
+from qyolo_deploy.artifact import canonical_json, sha256_json
 from qyolo_deploy.errors import IntegrityError
+from qyolo_deploy.strict import RelativePath, Sha256, Strict, validation_message
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION: Final = 1
 
 
-def _usable(path: str) -> str:
-    if reason := check_relative_path(path):
-        raise ValueError(f"the path {path!r} is not usable: {reason}")
-    return path
-
-
-ReleasePath = Annotated[str, AfterValidator(_usable)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-class CreatedWith(_Strict):
+class CreatedWith(Strict):
     """The software that built the release."""
 
     qyolo_deploy: str
     environment: dict[str, str]
 
 
-class RecipeRef(_Strict):
+class RecipeRef(Strict):
     """The resolved recipe, one of the release's files."""
 
-    path: ReleasePath
+    path: RelativePath
     sha256: Sha256
 
 
-class LineageEntry(_Strict):
+class LineageEntry(Strict):
     """One stage that led here, with the digest of each of its inputs."""
 
     stage: str
@@ -48,7 +35,7 @@ class LineageEntry(_Strict):
     inputs: dict[str, str]
 
 
-class ModelCard(_Strict):
+class ModelCard(Strict):
     """The network; `names` are its classes in the order of the output's score rows."""
 
     family: str
@@ -60,7 +47,7 @@ class ModelCard(_Strict):
     parameters: int | None = None
 
 
-class Preprocessing(_Strict):
+class Preprocessing(Strict):
     """How an image becomes the engine's input."""
 
     input_name: str = "images"
@@ -72,7 +59,7 @@ class Preprocessing(_Strict):
     layout: str = "NCHW"
 
 
-class Postprocessing(_Strict):
+class Postprocessing(Strict):
     """How the engine's output becomes detections."""
 
     output_name: str = "output0"
@@ -84,20 +71,20 @@ class Postprocessing(_Strict):
     multi_label: bool
 
 
-class EngineEntry(_Strict):
+class EngineEntry(Strict):
     """One engine; `path` is its file, or the folder that holds its files."""
 
     view: str
-    path: ReleasePath
+    path: RelativePath
     format: str
     scheme: str
     storage: str | None = None
     precision_hint: str | None = None
     min_runtime_version: str | None = None
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
 
 
-class GateEntry(_Strict):
+class GateEntry(Strict):
     """One gate of the recipe and what was observed."""
 
     view: str
@@ -113,15 +100,15 @@ class GateEntry(_Strict):
     reason: str | None = None
 
 
-class FileEntry(_Strict):
+class FileEntry(Strict):
     """One file of the release."""
 
-    path: ReleasePath
+    path: RelativePath
     sha256: Sha256
     size_bytes: int = Field(ge=0)
 
 
-class ReleaseInfo(_Strict):
+class ReleaseInfo(Strict):
     """What the builder of a release knows; the list of files is added when they are copied."""
 
     name: str
@@ -177,14 +164,6 @@ def check_unique(paths: Iterable[str]) -> None:
         folders.update("/".join(parts[:end]) for end in range(1, len(parts)))
     if clash := sorted(seen & folders):
         raise ValueError(f"the path {clash[0]!r} is listed both as a file and as a folder")
-
-
-def validation_message(error: ValidationError) -> str:
-    """Tell the first problem of a validation error in one clause, with the key it concerns."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    text = first["msg"].removeprefix("Value error, ")
-    key = ".".join(str(part) for part in first["loc"])
-    return f"{key!r}: {text}" if key else text
 
 
 def manifest_to_text(manifest: Manifest) -> str:

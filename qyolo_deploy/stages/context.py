@@ -7,6 +7,8 @@ from typing import Any
 
 from qyolo_deploy.artifact import Artifact
 from qyolo_deploy.console import Reporter
+from qyolo_deploy.data.calibration import read_calibration_set
+from qyolo_deploy.data.calibration_check import select_images
 from qyolo_deploy.data.dataset import DetectionDataset, load_dataset
 from qyolo_deploy.data.unlabeled import add_unlabeled
 from qyolo_deploy.recipe import Recipe
@@ -25,6 +27,7 @@ class StageContext:
         key: The stage's key.
         source: The dataset as found; None where the data stage generates it.
         unlabeled: Folder of images without annotations, if the recipe names one.
+        calibration: File of the calibration subset, if the recipe names one.
         weights: The checkpoint as found; None for random weights.
         architecture: Name or path of the architecture; None takes the checkpoint's.
         artifacts: What the stages before it left, by stage.
@@ -36,6 +39,7 @@ class StageContext:
     key: str
     source: Path | None
     unlabeled: Path | None
+    calibration: Path | None
     weights: Path | None
     architecture: str | None
     artifacts: Mapping[str, Artifact]
@@ -50,6 +54,17 @@ class StageContext:
         """The training split, with the unlabelled images behind it."""
         dataset = load_dataset(self.dataset, "train")
         return dataset if self.unlabeled is None else add_unlabeled(dataset, self.unlabeled)
+
+    def calibration_data(self) -> DetectionDataset:
+        """The calibration subset's images of the training split in its order, without one all of `training_data`.
+
+        Raises:
+            InputError: The subset's file is not usable, or an image is missing.
+            IntegrityError: An image is another one than recorded.
+        """
+        if self.calibration is None:
+            return self.training_data()
+        return select_images(read_calibration_set(self.calibration), load_dataset(self.dataset, "train")).dataset
 
     @property
     def stem(self) -> str:

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qyolo_deploy.atomic import write_atomic
+from qyolo_deploy.data.calibration import read_calibration_set
+from qyolo_deploy.data.calibration_check import check_calibration_set
 from qyolo_deploy.data.dataset import check_images, digest_dataset, load_dataset
 from qyolo_deploy.data.synthetic import PARAMETERS_FILE, generate
 from qyolo_deploy.errors import InputError
@@ -45,10 +47,29 @@ def run(context: StageContext) -> StageOutput:
         with context.reporter.progress("checking unlabelled images") as tick:
             check_images(replace(extra, images=extra.images[extra.labeled :]), tick)
         info["unlabeled"] = {"images": len(extra) - (extra.labeled or 0)}
+    if context.calibration is not None:
+        info["calibration"] = _check_calibration(context, context.calibration)
     # What later stages depend on is the artifact's files, and a dataset elsewhere is none of them.
     record = context.folder / "dataset.json"
     write_atomic(record, json.dumps(info, indent=1))
     return StageOutput("dataset", [*files, record], info)
+
+
+def _check_calibration(context: StageContext, path: Path) -> dict[str, object]:
+    """What is told of the calibration subset, once its images are known to be the recorded ones."""
+    calibration = read_calibration_set(path)
+    training, validation = (load_dataset(context.dataset, split) for split in SPLITS)
+    with context.reporter.progress("checking the calibration subset") as tick:
+        selection = check_calibration_set(calibration, training, validation, tick)
+    chosen_px, used_px = calibration.preprocessing.imgsz, context.recipe.model.imgsz
+    if chosen_px != used_px:
+        context.reporter.note(f"  {path}: was chosen for {chosen_px} px, and is used at {used_px} px")
+    return {
+        "name": calibration.name,
+        "digest": calibration.digest,
+        "images": len(calibration.images),
+        "redrawn": selection.redrawn,
+    }
 
 
 def _discard(folder: Path) -> None:

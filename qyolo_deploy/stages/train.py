@@ -24,6 +24,7 @@ def join(context: StageContext) -> QatResult:
             context.recipe,
             checkpoint=context.folder / "train" / "checkpoint.safetensors",
             key=context.key,
+            calibration=context.calibration_data(),
             evaluate=lambda model, teacher: (
                 evaluate(
                     TorchRunner(lambda images: teacher.decode(model(images))),
