@@ -254,6 +254,11 @@ class ExportSection(Section):
     )
     storage: Literal["int8", "int4"] = Field("int8", description="Container of weights of at most 4 bits")
     dynamic: bool = Field(True, description="Batch and image size open; false fixes 1 x 3 x imgsz x imgsz")
+    head: Literal["decoded", "raw"] = Field(
+        "decoded",
+        description="raw ends the engines at the head maps and leaves decoding to the runner, which does it for "
+        "candidates above the confidence threshold alone; ultralytics reads decoded ones only",
+    )
 
 
 class ValidateSection(Section):

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from qyolo_deploy.engines.heads import Head
 from qyolo_deploy.errors import InputError
 
 OPENVINO_SUFFIX = "_openvino_model"
@@ -34,15 +35,19 @@ class Runner(Protocol):
         """What the runtime was asked to compute in, if it can be asked."""
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
-        """Float32 `[N, 3, H, W]` in 0..1 to `output0`, float32 `[N, 4 + nc, A]`."""
+        """Float32 `[N, 3, H, W]` in 0..1 to `output0`, float32 `[N, 4 + nc, A]`.
+
+        A is the number of anchors, or of candidates where the runner decodes these alone.
+        """
 
 
-def open_engine(path: Path, precision_hint: str = "f32") -> Runner:
+def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001) -> Runner:
     """Loads an engine file of any kind.
 
     Args:
         path: `.onnx`, an OpenVINO `.xml`, or the folder that holds one.
         precision_hint: For OpenVINO; `f32` computes what the file says, `bf16` may be faster.
+        conf: Of engines that end at raw head maps, only candidates with a score above it are decoded.
 
     Raises:
         InputError: If there is no such file, it is of no known kind, or it cannot be loaded.
@@ -53,11 +58,11 @@ def open_engine(path: Path, precision_hint: str = "f32") -> Runner:
     if path.suffix == ".onnx":
         from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path)
+        return OnnxRuntimeRunner(path, conf)
     if path.suffix == ".xml" or path.is_dir():
         from qyolo_deploy.engines.openvino import OpenVinoRunner
 
-        return OpenVinoRunner(path, precision_hint)
+        return OpenVinoRunner(path, precision_hint, conf)
     raise InputError(f"{path}: expected an .onnx file, an OpenVINO .xml or the folder that holds one")
 
 
@@ -83,6 +88,21 @@ def parse_imgsz(value: object) -> int | None:
     data = _literal(value)
     sides = data if isinstance(data, list | tuple) else [data]
     return max(sides) if sides and all(isinstance(side, int) for side in sides) else None
+
+
+def parse_head(path: Path, value: object, outputs: int) -> Head | None:
+    """How to decode raw maps, from metadata; None where the engine decodes by itself.
+
+    Raises:
+        InputError: If the metadata do not describe a head of so many outputs.
+    """
+    try:
+        head = Head.parse(value)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if head is not None and outputs != len(head.strides) * (1 if head.anchors else 2):
+        raise InputError(f"{path}: {outputs} outputs do not fit its metadata 'head'")
+    return head
 
 
 def _literal(value: object) -> object:

@@ -7,7 +7,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from qyolo_deploy.engines.base import parse_imgsz, parse_names
+from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
 from qyolo_deploy.errors import InputError
 
 _LOAD_ERRORS = (
@@ -24,6 +24,7 @@ class OnnxRuntimeRunner:
 
     Args:
         path: The file.
+        conf: See `open_engine`.
 
     Raises:
         InputError: If the file cannot be loaded or is not a detector's.
@@ -32,8 +33,8 @@ class OnnxRuntimeRunner:
     runtime = "onnxruntime"
     precision_hint = None
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, conf: float = 0.001) -> None:
+        self.path, self._conf = path, conf
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         try:
@@ -48,6 +49,7 @@ class OnnxRuntimeRunner:
         height, width = inputs[0].shape[2:]
         self.imgsz = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         metadata = self._session.get_modelmeta().custom_metadata_map
+        self._head = parse_head(path, metadata.get("head"), len(self._session.get_outputs()))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
@@ -56,8 +58,8 @@ class OnnxRuntimeRunner:
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the session."""
         try:
-            output: NDArray[np.float32] = self._session.run(None, {self._input: images})[0]
+            outputs: list[NDArray[np.float32]] = self._session.run(None, {self._input: images})
         except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
-        return output
+        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from qyolo_deploy.engines.base import parse_imgsz, parse_names
+from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 
 
@@ -57,6 +57,7 @@ class OpenVinoRunner:
     Args:
         path: The `.xml`, or a folder with exactly one.
         precision_hint: `f32` or `bf16`; machines with AMX take bf16 by themselves, which is no parity.
+        conf: See `open_engine`.
 
     Raises:
         InputError: If the files are not there or cannot be loaded.
@@ -65,9 +66,9 @@ class OpenVinoRunner:
 
     runtime = "openvino"
 
-    def __init__(self, path: Path, precision_hint: str = "f32") -> None:
+    def __init__(self, path: Path, precision_hint: str = "f32", conf: float = 0.001) -> None:
         openvino = import_openvino()
-        self.path, self.precision_hint = path, precision_hint
+        self.path, self.precision_hint, self._conf = path, precision_hint, conf
         xml = _xml_of(path)
         options = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
         try:
@@ -83,6 +84,7 @@ class OpenVinoRunner:
         static = shape[2].is_static and shape[3].is_static
         self.imgsz = (shape[2].get_length(), shape[3].get_length()) if static else None
         metadata = _metadata_beside(xml)
+        self._head = parse_head(xml, metadata.get("head"), len(model.outputs))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
@@ -97,7 +99,9 @@ class OpenVinoRunner:
             self._compiled = self._compile()
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
-        return np.asarray(outputs[0], np.float32)
+        if self._head is None:
+            return np.asarray(outputs[0], np.float32)
+        return self._head.decode([np.asarray(outputs[index], np.float32) for index in range(len(outputs))], self._conf)
 
 
 def _xml_of(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """From raw head maps to `output0`, in slices, reshapes and concatenations and without transposes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class AnchorDecode(nn.Module):
         pixels = torch.tensor(anchors, dtype=torch.float32).reshape(len(strides), -1, 2)
         self.register_buffer("anchors", pixels, persistent=False)
         self.strides = tuple(strides)
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of raw maps has to know, as JSON values."""
+        return {"strides": list(self.strides), "anchors": self.anchors.tolist()}
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return `output0`, float32 `[N, 4 + nc, A]`, for raw maps `[N, anchors * (5 + nc), h, w]`."""
@@ -56,6 +61,10 @@ class DflDecode(nn.Module):
         super().__init__()
         self.register_buffer("bins", torch.arange(bins, dtype=torch.float32).reshape(1, 1, bins, 1), persistent=False)
         self.strides = tuple(strides)
+
+    def describe(self) -> dict[str, Any]:
+        """What a reader of raw maps has to know, as JSON values."""
+        return {"strides": list(self.strides), "bins": self.bins.shape[2]}
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return `output0`, float32 `[N, 4 + nc, A]`, for the maps of `UltralyticsCore`."""

@@ -10,6 +10,7 @@ from qyolo_deploy.atomic import atomic_dir, atomic_path
 from qyolo_deploy.engines.base import OPENVINO_SUFFIX, engine_files
 from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.export.float_onnx import export_float
+from qyolo_deploy.export.heads import expose_heads
 from qyolo_deploy.export.metadata import engine_metadata, set_metadata
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.export.saturation import low_bit_activations
@@ -41,6 +42,9 @@ def run(context: StageContext) -> StageOutput:
             swapped = fold_float(detector_of(quantized.architecture))
             model = export_float(swapped, recipe.model.imgsz, recipe.export.dynamic, _OPSET[recipe.export.storage])
             set_metadata(model, metadata)
+        if recipe.export.head == "raw":
+            model = expose_heads(model, fold_float(detector_of(quantized.architecture)))
+            metadata["head"] = model.metadata_props["head"]
         for done, target in enumerate(recipe.export.targets, start=1):
             tick(done, steps, target)
             engines[target] = _EXPORTERS[target](context, model, quantized, metadata)

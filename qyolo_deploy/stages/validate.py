@@ -51,7 +51,8 @@ def run(context: StageContext) -> StageOutput:
     recipe = context.recipe
     dataset = load_dataset(context.dataset, "val")
     engines = {
-        view: open_engine(context.folder / path) for view, path in context.artifacts["export"].info["engines"].items()
+        view: open_engine(context.folder / path, conf=recipe.validate_.conf)
+        for view, path in context.artifacts["export"].info["engines"].items()
     }
     settings = settings_for(
         engines["float"],

@@ -47,7 +47,7 @@ def validate(
         InputError: If engine or data are not usable or do not fit each other.
         RuntimeMissingError: If the engine's runtime is not installed.
     """
-    runner = open_engine(Path(engine), precision_hint)
+    runner = open_engine(Path(engine), precision_hint, conf)
     dataset = load_dataset(find_input(data), split)
     settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)

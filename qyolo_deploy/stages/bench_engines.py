@@ -1,0 +1,184 @@
+"""`qyolo bench engines`: speed and size of engines beside what users would take instead.
+
+All engines are open at the same time and take turns, so that within a round the machine is nearly the same for all.
+"""
+
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qyolo_deploy._version import __version__
+from qyolo_deploy.artifact import environment_fingerprint
+from qyolo_deploy.console import Tick
+from qyolo_deploy.engines.base import Runner, engine_files
+from qyolo_deploy.errors import InputError, QyoloError
+from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline
+from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns, thread_limit
+from qyolo_deploy.validate.run import digest_engine
+
+_PACKAGES = ("onnxruntime", "openvino", "nncf", "ultralytics", "onnx", "torch", "numpy")
+_BLOCK = 32  # pixels of a patch of one colour in the example image
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An engine that is ready for its turns."""
+
+    runner: Runner
+    load_ms: list[float]
+
+
+def run_bench(
+    subjects: Sequence[Subject], settings: BenchEnginesSettings, baseline: str | None = None, progress: Tick | None = None
+) -> dict[str, Any]:
+    """Measures latency, load time and size of engines.
+
+    Args:
+        subjects: The rows; those without an engine stay in, with their note.
+        settings: How it is measured.
+        baseline: Row that the others are compared with; by default the first one with an engine.
+        progress: Called after each turn.
+
+    Returns:
+        The settings, the machine and its load before and after, and a row for each subject, see `summarize`; `load_ms`
+        is the median of several loads, `files` the bytes of each kind of file.
+
+    Raises:
+        InputError: A required engine cannot be opened or does not take images of this size, or the baseline is not
+            usable.
+        RuntimeMissingError: The runtime of a required engine is not installed.
+    """
+    find_baseline(subjects, baseline)  # before anything takes long
+    before = os.getloadavg()
+    with ExitStack() as stack:
+        has_openvino = any(subject.runtime == "openvino" and subject.path for subject in subjects)
+        stack.enter_context(thread_limit(settings.threads, has_openvino))
+        checked = [_open(subject, settings.imgsz) for subject in subjects]
+        subjects, opened = [subject for subject, _ in checked], [engine for _, engine in checked]
+        reference = find_baseline(subjects, baseline)
+        times = _measure(subjects, opened, settings, progress)
+    rows = [
+        _row(subject, engine, times.get(index), times[reference])
+        for index, (subject, engine) in enumerate(zip(subjects, opened, strict=True))
+    ]
+    return {
+        **asdict(settings),
+        "baseline": subjects[reference].label,
+        "environment": environment_fingerprint(_PACKAGES) | {"qyolo_deploy": __version__},
+        "cores": os.cpu_count(),
+        "load_average": {"before": list(before), "after": list(os.getloadavg())},
+        "rows": rows,
+    }
+
+
+def _open(subject: Subject, imgsz: int) -> tuple[Subject, _Opened | None]:
+    """The engine; where it is not required and cannot be opened, the row without one."""
+    if subject.path is None:
+        return subject, None
+    try:
+        opened = _Opened(*load(subject))
+        if opened.runner.imgsz not in (None, (imgsz, imgsz)):
+            height, width = opened.runner.imgsz
+            raise InputError(f"{subject.path}: its input is fixed to {width} x {height} px, but imgsz is {imgsz}")
+        opened.runner(example_image(imgsz))
+    except QyoloError as error:
+        if subject.required:
+            raise
+        return Subject(subject.name, None, subject.runtime, subject.hint, str(error), required=False), None
+    return subject, opened
+
+
+def example_image(imgsz: int) -> npt.NDArray[np.float32]:
+    """Float32 `[1, 3, imgsz, imgsz]` in 0..1: patches of random colours with noise; the same for the same size."""
+    rng = np.random.default_rng(0)
+    patches = rng.random((1, 3, imgsz // _BLOCK, imgsz // _BLOCK), np.float32)
+    noise = rng.random((1, 3, imgsz, imgsz), np.float32)
+    return np.asarray(0.8 * patches.repeat(_BLOCK, 2).repeat(_BLOCK, 3) + 0.2 * noise, np.float32)
+
+
+def _measure(
+    subjects: Sequence[Subject], opened: Sequence[_Opened | None], settings: BenchEnginesSettings, tick: Tick | None
+) -> dict[int, list[list[float]]]:
+    """Times of the engines that there are, by row."""
+    present = [index for index, engine in enumerate(opened) if engine is not None]
+    image = example_image(settings.imgsz)
+
+    def runs(runner: Runner) -> Any:
+        return lambda: runner(image)
+
+    def progress(done: int, total: int, which: int) -> None:
+        if tick is not None:
+            tick(done, total, subjects[present[which]].label)
+
+    calls = [runs(engine.runner) for engine in opened if engine is not None]
+    times = take_turns(calls, settings.rounds, settings.runs, progress)
+    return dict(zip(present, times, strict=True))
+
+
+def _row(
+    subject: Subject, opened: _Opened | None, times: list[list[float]] | None, baseline: list[list[float]]
+) -> dict[str, Any]:
+    names: dict[str, Any] = {
+        "name": subject.name,
+        "path": None if subject.path is None else str(subject.path),
+        "runtime": subject.runtime,
+        "precision_hint": subject.hint,
+        "note": subject.note,
+    }
+    if opened is None or times is None:
+        return names
+    assert subject.path is not None
+    files = _sizes(subject.path)
+    return {
+        **names,
+        "fixed_input": opened.runner.imgsz is not None,
+        "digest": digest_engine(subject.path),
+        "load_ms": statistics.median(opened.load_ms),
+        "size_bytes": sum(files.values()),
+        "files": files,
+        **summarize(times, baseline),
+    }
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """Bytes by kind of file; of OpenVINO the network and its weights, without what describes them."""
+    if path.suffix == ".xml":
+        found = [path, path.with_suffix(".bin")]
+    else:
+        found = [file for file in engine_files(path) if file.suffix in (".onnx", ".xml", ".bin")]
+    return {file.suffix[1:]: file.stat().st_size for file in found if file.exists()}
+
+
+def bench_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows for people."""
+    head = ["engine", "runtime", "hint", "p50 ms", f"p50 / {result['baseline']}'s", "min..max", "p95 ms"]
+    rows = []
+    for row in result["rows"]:
+        cells = ["-"] * 6
+        if "ratio" in row:
+            ratio, sizes = row["ratio"], row["files"]
+            megabytes = " + ".join(f"{sizes[kind] / 1e6:.2f}" for kind in ("onnx", "bin", "xml") if kind in sizes)
+            spread = f"{ratio['min']:.2f}..{ratio['max']:.2f}"
+            cells = [f"{row['p50_ms']:.1f}", f"{ratio['median']:.2f}", spread, f"{row['p95_ms']:.1f}"]
+            cells += [f"{row['load_ms']:.0f}", megabytes]
+        rows.append([row["name"], row["runtime"], row["precision_hint"] or "-", *cells, row["note"]])
+    return [*head, "load ms", "MB (.bin + .xml)", "note"], rows
+
+
+def caption(result: Mapping[str, Any]) -> str:
+    """One line on how and where it was measured."""
+    machine, load_average = result["environment"], result["load_average"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("onnxruntime", "openvino") if name in machine)
+    threads = "threads of the runtimes' choice" if result["threads"] is None else f"{result['threads']} threads"
+    load_1min = "{:.1f} to {:.1f}".format(load_average["before"][0], load_average["after"][0])
+    return (
+        f"{result['imgsz']} px, {result['rounds']} rounds of {result['runs']} inferences, {threads}; {machine['cpu']}, "
+        f"{result['cores']} cores, load {load_1min}; {versions}"
+    )
