@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qyolo_deploy import cli_calibration
+from qyolo_deploy import cli_bench, cli_calibration
 from qyolo_deploy._version import __version__
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
@@ -32,8 +32,7 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 demo_app = typer.Typer(help="See in seconds what the methods do.", no_args_is_help=True)
 app.add_typer(demo_app, name="demo")
-bench_app = typer.Typer(help="Measure speed and memory of what takes long.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
+app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_calibration.app, name="calibration")
 
 Settings = Annotated[
@@ -294,34 +293,3 @@ def demo_oscillation(
     stdout().print(f"page: {out}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"page": str(out), **numbers}))
-
-
-@bench_app.command("train")
-def bench_train(
-    model: Annotated[str, typer.Option(help="Architecture (random weights), model YAML or checkpoint.")] = "yolov8n",
-    imgsz: Annotated[int, typer.Option(help="Side of the random images in pixels.")] = 256,
-    batch: Annotated[int, typer.Option(help="Images of a step.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps of each training in a round.")] = 5,
-    rounds: Annotated[int, typer.Option(help="Rounds, in which each training gets its turn.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="Of torch; by default its own choice.")] = None,
-    weight_bits: Annotated[int, typer.Option(help="Of the quantization-aware training.")] = 4,
-    activation_bits: Annotated[int, typer.Option(help="Of the quantization-aware training.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of weights, images and labels.")] = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Compare training steps: float, quantization-aware, and ultralytics' own int8 where nvidia-modelopt is there."""
-    from qyolo_deploy.stages.bench_train import bench_table, run_bench
-    from qyolo_deploy.stages.bench_trainee import BenchSettings
-
-    settings = BenchSettings(model, imgsz, batch, steps, rounds, threads, weight_bits, activation_bits, seed)
-    with Reporter(quiet).progress("training steps") as tick:
-        result = run_bench(settings, tick)
-    if not quiet:
-        head, rows = bench_table(result)
-        table = make_table(*head)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        stdout().print(table)
-    if as_json:
-        print(json.dumps(result))

@@ -16,9 +16,10 @@ _POSITIONS = 16384  # at which the output of a layer is looked at; several times
 
 @torch.no_grad()
 def compensate_(conv: QuantConv, x: Tensor, generator: torch.Generator) -> None:
-    """Moves the weights of a layer to the levels of their grid with nearly the least error of its output.
+    """Moves the weights of a layer so that, rounded, they give nearly the least error of its output.
 
-    Means are left aside: a shift behind the layer takes them back.
+    They stay between the levels, where the spread errors brought them: on a level, training would have to carry each
+    weight half a step before anything changes. Means are left aside: a shift behind the layer takes them back.
 
     Args:
         conv: Calibrated and quantized; its scale stays.
@@ -34,8 +35,8 @@ def compensate_(conv: QuantConv, x: Tensor, generator: torch.Generator) -> None:
     hessian = _hessian(patches)
     order = hessian.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True)
     factor = _inverse_factor(hessian[:, order][:, :, order])
-    rounded = _round_columns(weight[:, :, order], factor, scale, spec.qmin, spec.qmax)
-    conv.weight.copy_(rounded[:, :, order.argsort()].reshape(conv.weight.shape))
+    latent = _spread_errors(weight[:, :, order], factor, scale, spec.qmin, spec.qmax)
+    conv.weight.copy_(latent[:, :, order.argsort()].reshape(conv.weight.shape))
 
 
 def _patches(conv: QuantConv, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,12 +67,13 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     return factor
 
 
-def _round_columns(weight: Tensor, factor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Rounds `[groups, rows, columns]` with step `[groups, rows]`, first column first."""
-    rest, rounded = weight.clone(), torch.empty_like(weight)
+def _spread_errors(weight: Tensor, factor: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+    """What `[groups, rows, columns]` are just before rounding with step `[groups, rows]`, first column first."""
+    latent = weight.clone()
     for column in range(weight.shape[2]):
-        level = torch.round(rest[:, :, column] / scale).clamp_(qmin, qmax) * scale
-        rounded[:, :, column] = level
-        error = (rest[:, :, column] - level) / factor[:, column, column, None]
-        rest[:, :, column + 1 :] -= error[:, :, None] * factor[:, None, column, column + 1 :]
-    return rounded
+        value = latent[:, :, column] / scale
+        level = torch.round(value).clamp_(qmin, qmax)
+        error = (value - level) * scale / factor[:, column, column, None]
+        latent[:, :, column + 1 :] -= error[:, :, None] * factor[:, None, column, column + 1 :]
+        latent[:, :, column] = value.clamp(qmin, qmax) * scale
+    return latent

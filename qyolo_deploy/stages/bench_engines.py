@@ -17,6 +17,8 @@ import numpy.typing as npt
 from qyolo_deploy._version import __version__
 from qyolo_deploy.artifact import environment_fingerprint
 from qyolo_deploy.console import Tick
+from qyolo_deploy.data.images import read_image
+from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.engines.base import Runner, engine_files
 from qyolo_deploy.errors import InputError, QyoloError
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline
@@ -24,6 +26,7 @@ from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns,
 from qyolo_deploy.validate.run import digest_engine
 
 _PACKAGES = ("onnxruntime", "openvino", "nncf", "ultralytics", "onnx", "torch", "numpy")
+Images = npt.NDArray[np.float32]
 _BLOCK = 32  # pixels of a patch of one colour in the example image
 
 
@@ -36,7 +39,11 @@ class _Opened:
 
 
 def run_bench(
-    subjects: Sequence[Subject], settings: BenchEnginesSettings, baseline: str | None = None, progress: Tick | None = None
+    subjects: Sequence[Subject],
+    settings: BenchEnginesSettings,
+    baseline: str | None = None,
+    progress: Tick | None = None,
+    image: Path | None = None,
 ) -> dict[str, Any]:
     """Measures latency, load time and size of engines.
 
@@ -45,6 +52,7 @@ def run_bench(
         settings: How it is measured.
         baseline: Row that the others are compared with; by default the first one with an engine.
         progress: Called after each turn.
+        image: What the engines look at; by default coloured patches.
 
     Returns:
         The settings, the machine and its load before and after, and a row for each subject, see `summarize`; `load_ms`
@@ -56,20 +64,21 @@ def run_bench(
         RuntimeMissingError: The runtime of a required engine is not installed.
     """
     find_baseline(subjects, baseline)  # before anything takes long
-    before = os.getloadavg()
+    before, example = os.getloadavg(), example_image(settings.imgsz, image)
     with ExitStack() as stack:
         has_openvino = any(subject.runtime == "openvino" and subject.path for subject in subjects)
         stack.enter_context(thread_limit(settings.threads, has_openvino))
-        checked = [_open(subject, settings.imgsz) for subject in subjects]
+        checked = [_open(subject, settings.conf, example) for subject in subjects]
         subjects, opened = [subject for subject, _ in checked], [engine for _, engine in checked]
         reference = find_baseline(subjects, baseline)
-        times = _measure(subjects, opened, settings, progress)
+        times = _measure(subjects, opened, settings, example, progress)
     rows = [
         _row(subject, engine, times.get(index), times[reference])
         for index, (subject, engine) in enumerate(zip(subjects, opened, strict=True))
     ]
     return {
         **asdict(settings),
+        "image": None if image is None else str(image),
         "baseline": subjects[reference].label,
         "environment": environment_fingerprint(_PACKAGES) | {"qyolo_deploy": __version__},
         "cores": os.cpu_count(),
@@ -78,16 +87,16 @@ def run_bench(
     }
 
 
-def _open(subject: Subject, imgsz: int) -> tuple[Subject, _Opened | None]:
+def _open(subject: Subject, conf: float, example: Images) -> tuple[Subject, _Opened | None]:
     """The engine; where it is not required and cannot be opened, the row without one."""
     if subject.path is None:
         return subject, None
     try:
-        opened = _Opened(*load(subject))
-        if opened.runner.imgsz not in (None, (imgsz, imgsz)):
-            height, width = opened.runner.imgsz
-            raise InputError(f"{subject.path}: its input is fixed to {width} x {height} px, but imgsz is {imgsz}")
-        opened.runner(example_image(imgsz))
+        opened = _Opened(*load(subject, conf))
+        fixed, imgsz = opened.runner.imgsz, example.shape[2]
+        if fixed not in (None, (imgsz, imgsz)):
+            raise InputError(f"{subject.path}: its input is fixed to {fixed[1]} x {fixed[0]} px, but imgsz is {imgsz}")
+        opened.runner(example)
     except QyoloError as error:
         if subject.required:
             raise
@@ -95,8 +104,10 @@ def _open(subject: Subject, imgsz: int) -> tuple[Subject, _Opened | None]:
     return subject, opened
 
 
-def example_image(imgsz: int) -> npt.NDArray[np.float32]:
-    """Float32 `[1, 3, imgsz, imgsz]` in 0..1: patches of random colours with noise; the same for the same size."""
+def example_image(imgsz: int, image: Path | None) -> Images:
+    """Float32 `[1, 3, imgsz, imgsz]` in 0..1: an image, or patches of random colours with noise."""
+    if image is not None:
+        return to_tensor(letterbox(read_image(image), imgsz, rect=False)[0])
     rng = np.random.default_rng(0)
     patches = rng.random((1, 3, imgsz // _BLOCK, imgsz // _BLOCK), np.float32)
     noise = rng.random((1, 3, imgsz, imgsz), np.float32)
@@ -104,14 +115,17 @@ def example_image(imgsz: int) -> npt.NDArray[np.float32]:
 
 
 def _measure(
-    subjects: Sequence[Subject], opened: Sequence[_Opened | None], settings: BenchEnginesSettings, tick: Tick | None
+    subjects: Sequence[Subject],
+    opened: Sequence[_Opened | None],
+    settings: BenchEnginesSettings,
+    example: Images,
+    tick: Tick | None,
 ) -> dict[int, list[list[float]]]:
     """Times of the engines that there are, by row."""
     present = [index for index, engine in enumerate(opened) if engine is not None]
-    image = example_image(settings.imgsz)
 
     def runs(runner: Runner) -> Any:
-        return lambda: runner(image)
+        return lambda: runner(example)
 
     def progress(done: int, total: int, which: int) -> None:
         if tick is not None:
@@ -158,7 +172,7 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def bench_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows for people."""
-    head = ["engine", "runtime", "hint", "p50 ms", f"p50 / {result['baseline']}'s", "min..max", "p95 ms"]
+    head = ["engine", "runtime", "hint", "p50 ms", f"time / {result['baseline']}'s", "min..max", "p95 ms"]
     rows = []
     for row in result["rows"]:
         cells = ["-"] * 6

@@ -20,6 +20,7 @@ class BenchEnginesSettings:
         rounds: In which each engine gets its turn.
         runs: Inferences of a turn.
         threads: Of each engine; None leaves it to its runtime.
+        conf: Engines that end at raw head maps have their candidates above it decoded.
 
     Raises:
         InputError: A number is out of its range.
@@ -29,6 +30,7 @@ class BenchEnginesSettings:
     rounds: int = 9
     runs: int = 10
     threads: int | None = None
+    conf: float = 0.25
 
     def __post_init__(self) -> None:
         if self.imgsz < 32 or self.imgsz % 32:
@@ -36,6 +38,8 @@ class BenchEnginesSettings:
         for name, least in {"rounds": 2, "runs": 1, "threads": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
+        if not 0 <= self.conf <= 1:
+            raise InputError(f"conf is {self.conf}, expected 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,9 @@ def parse_engines(texts: Sequence[str], hints: Sequence[str], baseline: str | No
     """
     check_hints(hints)
     found = [subject for text in texts for subject in _parse(text, hints)]
-    if baseline is not None and not any(_is(subject, baseline) for subject in found):
-        if Path(_split(baseline)[0]).exists():
-            found = [*_parse(baseline, hints[:1]), *found]
+    is_other = baseline is not None and not any(_is(subject, baseline) for subject in found)
+    if baseline is not None and is_other and Path(_split(baseline)[0]).exists():
+        found = [*_parse(baseline, hints[:1]), *found]
     for (path, _), count in Counter((subject.path, subject.hint) for subject in found).items():
         if count > 1:
             raise InputError(f"{path}: is listed {count} times with the same precision hint")

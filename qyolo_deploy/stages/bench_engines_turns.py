@@ -84,19 +84,23 @@ def summarize(times: Sequence[Sequence[float]], baseline: Sequence[Sequence[floa
     }
 
 
-def load(subject: Subject) -> tuple[Runner, list[float]]:
+def load(subject: Subject, conf: float) -> tuple[Runner, list[float]]:
     """Opens an engine several times; the first, which reads it from the disk and may start its runtime, is not timed.
+
+    Args:
+        subject: A row with an engine.
+        conf: See `open_engine`.
 
     Raises:
         QyoloError: It cannot be opened.
     """
     assert subject.path is not None
     hint = subject.hint or "f32"
-    runner = open_engine(subject.path, hint)
+    runner = open_engine(subject.path, hint, conf)
     elapsed = []
     for _ in range(_LOADS):
         start = time.perf_counter_ns()
-        runner = open_engine(subject.path, hint)
+        runner = open_engine(subject.path, hint, conf)
         elapsed.append((time.perf_counter_ns() - start) / 1e6)
     return runner, elapsed
 

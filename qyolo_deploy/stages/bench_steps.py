@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qyolo_deploy.graph.observers import calibrate
 from qyolo_deploy.models.base import Detector
@@ -75,7 +75,7 @@ def run(kind: str, settings: BenchSettings, pipe: Connection) -> dict[str, Any]:
     weights = Path(settings.model) if settings.model.endswith(_WEIGHTS) else None
     detector = load_detector(weights, settings.model if weights is None else None, None, settings.seed)
     batch = random_batch(settings, len(detector.spec.names))
-    _settle(detector.core, batch)
+    settle(detector.core, batch["img"])
     facts = {"family": detector.spec.family, "torch": torch.__version__, "threads": torch.get_num_threads()}
     turns = Turns(pipe, batch, settings.total_steps, facts)
     skipped = 0
@@ -105,8 +105,8 @@ def random_batch(settings: BenchSettings, classes: int) -> Batch:
 
 
 @torch.no_grad()
-def _settle(core: nn.Module, batch: Batch) -> None:
-    """Gives batch normalisation the statistics of the batch.
+def settle(core: nn.Module, images: Tensor) -> None:
+    """Gives batch normalisation of random weights the statistics of some images.
 
     With those of a fresh network activations vanish on the way where running statistics are used, and arithmetic with
     denormal numbers is slow.
@@ -115,7 +115,7 @@ def _settle(core: nn.Module, batch: Batch) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
-    core.train()(batch["img"])
+    core.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
