@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: building IR from a QDQ ONNX, and running it."""
 
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def _core() -> Any:
     return import_openvino().Core()
 
 
-def build_openvino(onnx_file: Path, folder: Path, stem: str, metadata: dict[str, Any]) -> None:
+def build_openvino(
+    onnx_file: Path, folder: Path, stem: str, metadata: dict[str, Any], passes: Sequence[Callable[[Any], None]] = ()
+) -> None:
     """Converts a QDQ ONNX file to IR in the layout that ultralytics reads.
 
     Args:
@@ -43,9 +46,12 @@ def build_openvino(onnx_file: Path, folder: Path, stem: str, metadata: dict[str,
         folder: Existing folder for `<stem>.xml`, `<stem>.bin` and `metadata.yaml`.
         stem: Name of the IR files.
         metadata: Content of `metadata.yaml`.
+        passes: Each changes the `openvino.Model` before it is written.
     """
     openvino = import_openvino()
     model = openvino.convert_model(onnx_file)
+    for change in passes:
+        change(model)
     # Weights that stay float must not be rounded to half precision: the engine is held to the trained model.
     openvino.save_model(model, folder / f"{stem}.xml", compress_to_fp16=False)
     (folder / "metadata.yaml").write_text(yaml.safe_dump(metadata, sort_keys=False), encoding="utf-8")

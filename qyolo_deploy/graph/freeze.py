@@ -52,8 +52,8 @@ def _numpy(tensor: Tensor) -> NDArray[np.float32]:
     return tensor.detach().cpu().float().numpy()
 
 
-def _affine(conv: QuantConv) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Factor and bias behind the convolution in float64: `QuantConv.affine` without its rounding."""
+def fold_affine(conv: QuantConv) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Factor and bias, float64 `[C_out]`, that stand for normalisation, gain and shift behind the convolution."""
     value = {key: tensor.detach().double().cpu().numpy() for key, tensor in conv.state_dict().items()}
     gain = np.exp(value["log_gain"])
     if not conv.has_norm:
@@ -63,7 +63,7 @@ def _affine(conv: QuantConv) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _fold_float(conv: QuantConv) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    factor, bias = _affine(conv)
+    factor, bias = fold_affine(conv)
     weight = conv.weight.detach().double().cpu().numpy() * factor[:, None, None, None]
     return weight.astype(np.float32), bias.astype(np.float32)
 
@@ -73,7 +73,7 @@ def _fold(conv: QuantConv, quantizer: Quantizer, source: str, source_qparams: QP
     channels = len(conv.weight)
     learned = QParams.of(spec, _numpy(quantizer.scale))
     integers = learned.quantize(_numpy(conv.weight))
-    factor, bias = _affine(conv)
+    factor, bias = fold_affine(conv)
     scale = np.broadcast_to(learned.scale.astype(np.float64), (channels,)) * factor
     # A dead channel (factor near zero) would need a bias beyond int32: its weights become 0 on a coarser grid.
     floor = np.abs(bias) / (float(source_qparams.scale) * _BIAS_ROOM)

@@ -64,7 +64,7 @@ PEERS = (
     Peer("nncf-performance", "openvino", ("openvino", "nncf"), "of float-openvino"),
     Peer("nncf-mixed", "openvino", ("openvino", "nncf"), "of float-openvino"),
     Peer("ort-quantize-static", "onnxruntime", (), "of float-onnx; boxes and scores share a scale"),
-    Peer("ultralytics-int8-onnx", "onnxruntime", (), "fixed input"),
+    Peer("ultralytics-int8-onnx", "onnxruntime", ("onnxslim",), "fixed input"),
     Peer("ultralytics-int8-openvino", "openvino", ("openvino", "nncf"), "fixed input"),
 )
 

@@ -12,6 +12,7 @@ from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.heads import expose_heads
 from qyolo_deploy.export.metadata import engine_metadata, set_metadata
+from qyolo_deploy.export.openvino_passes import ir_passes
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.export.saturation import low_bit_activations
 from qyolo_deploy.graph.simulate import fold_float
@@ -101,14 +102,15 @@ def _onnxruntime(
 
 def _openvino(context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]) -> Path:
     inner = _left_out(context, quantized, "openvino")
-    qdq = insert_qdq(model, quantized, leave_out=inner, storage=context.recipe.export.storage, clip="values")
+    # In 8 bits here: the importer would unpack narrower weights, which are packed in the IR.
+    qdq = insert_qdq(model, quantized, leave_out=inner, clip="values")
     stem = f"{context.stem}_{quantized.scheme}"
     folder = context.folder / "engines" / "openvino" / f"{stem}{OPENVINO_SUFFIX}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(folder) as temporary:
         source = temporary / "source.onnx"
         ir.save(qdq, source)
-        build_openvino(source, temporary, stem, metadata)
+        build_openvino(source, temporary, stem, metadata, ir_passes(quantized, context.recipe.export.storage))
         source.unlink()
     return folder
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from qyolo_deploy.graph.freeze import freeze
+from qyolo_deploy.graph.freeze import fold_affine, freeze
+from qyolo_deploy.graph.layers import MIN_GAMMA, QuantConv
 from qyolo_deploy.graph.prepare import prepare
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
@@ -121,6 +122,34 @@ def test_a_folded_layer_computes_what_the_layer_computed(
     size = functional.conv2d(x.abs(), torch.tensor(np.abs(found.weight)).double(), padding=1, groups=conv.groups)
     tolerance = tolerance + 1e-6 * size * per_channel(torch.tensor(found.qparams.scale.astype(np.float64)))
     assert ((ours - expected).abs() <= tolerance).all()
+
+
+@settings(max_examples=120, deadline=None)
+@given(layer=layers(), gain=st.floats(-2, 2), shift=st.floats(-3, 3), seed=st.integers(0, 2**16))
+def test_folding_is_exact_algebra(layer, gain, shift, seed):
+    """In float64, before anything is rounded: gain, shift and normalisation in turn against one factor and one bias."""
+    conv, norm = layer
+    learned = QuantConv(conv, norm, QuantSpec(8)).requires_grad_(False)
+    learned.log_gain.copy_(torch.linspace(-gain, gain, conv.out_channels))
+    learned.shift.copy_(torch.linspace(shift, -shift, conv.out_channels))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 4, 5, 5, generator=generator, dtype=torch.float64)
+    sign = torch.ones(conv.out_channels) if norm is None else torch.where(norm.weight < 0, -1.0, 1.0)
+    bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
+    h = per_channel(sign) * functional.conv2d(x, conv.weight.detach().double(), padding=1, groups=conv.groups)
+    g, s = per_channel(torch.exp(learned.log_gain.double())), per_channel(learned.shift)
+    if norm is None:
+        terms = [g * h, g * per_channel(bias), s]
+    else:
+        gamma = per_channel(norm.weight.detach().abs().clamp_min(MIN_GAMMA))
+        slope = gamma / torch.sqrt(per_channel(norm.running_var) + norm.eps)
+        mean = per_channel((norm.running_mean - bias) * sign)
+        terms = [slope * (g * h), slope * s, -slope * mean, per_channel(norm.bias.detach())]
+    factor, constant = fold_affine(learned)
+    weight = learned.weight.double() * torch.tensor(factor)[:, None, None, None]
+    folded = functional.conv2d(x, weight, torch.tensor(constant), padding=1, groups=conv.groups)
+    size = sum(term.abs() for term in terms) + functional.conv2d(x.abs(), weight.abs(), padding=1, groups=conv.groups)
+    assert ((folded - sum(terms)).abs() <= 1e-12 * size).all()
 
 
 def scales_of(learned, norm, gain):
