@@ -93,10 +93,11 @@ class QuantizationSection(Section):
     observer: Literal["mse", "minmax", "moving_average", "percentile", "entropy"] = Field(
         "mse", description="How the first activation ranges are found"
     )
-    start: Literal["compensated", "moments", "ranges"] = Field(
-        "compensated",
-        description="After range search: nothing; each channel's mean and spread matched to the float model; or that "
-        "and weights rounded so that each makes up for the errors of those before it (GPTQ)",
+    start: Literal["moments", "compensated", "ranges"] = Field(
+        "moments",
+        description="After range search: each channel's mean and spread matched to the float model; or that and weights "
+        "rounded so that each makes up for the errors of those before it (GPTQ), best where nothing is trained; or "
+        "nothing",
     )
     overrides: dict[str, OverrideSection] = {}
     keep_float: tuple[str, ...] = ()

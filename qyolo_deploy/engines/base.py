@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qyolo_deploy.engines.heads import Head
+from qyolo_deploy.engines.heads import METADATA_KEY, Head
 from qyolo_deploy.errors import InputError
 
 OPENVINO_SUFFIX = "_openvino_model"
@@ -101,7 +101,7 @@ def parse_head(path: Path, value: object, outputs: int) -> Head | None:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if head is not None and outputs != len(head.strides) * (1 if head.anchors else 2):
-        raise InputError(f"{path}: {outputs} outputs do not fit its metadata 'head'")
+        raise InputError(f"{path}: {outputs} outputs do not fit its metadata '{METADATA_KEY}'")
     return head
 
 

@@ -1,7 +1,7 @@
 """Decoding of raw head maps on the host, of the candidates above a threshold alone.
 
 An engine that gives its raw maps is spared the arithmetic and the copies for the thousands of anchors that nobody
-looks at. What the maps mean is told by the file's metadata, under `head`.
+looks at. What the maps mean is told by the file's metadata, under `raw_head`.
 """
 
 import json
@@ -16,6 +16,7 @@ from qyolo_deploy.errors import InputError
 
 Float32 = npt.NDArray[np.float32]
 
+METADATA_KEY = "raw_head"  # `head` holds the name of a class in files of ultralytics
 _MULTIPLE = 8  # columns of an output; one of six would be read as that of an end-to-end head
 
 
@@ -47,9 +48,9 @@ class Head:
             anchors = tuple(tuple((float(w), float(h)) for w, h in level) for level in data.get("anchors", ()))
             head = cls(tuple(map(int, data["strides"])), anchors, int(data.get("bins", 0)))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"the metadata 'head' do not describe a head ({error})") from error
+            raise InputError(f"the metadata 'raw_head' do not describe a head ({error})") from error
         if not head.strides or bool(head.anchors) == bool(head.bins) or len(head.anchors) not in (0, len(head.strides)):
-            raise InputError("the metadata 'head' do not describe a head (expected strides, and anchors or bins)")
+            raise InputError("the metadata 'raw_head' do not describe a head (expected strides, and anchors or bins)")
         return head
 
     def decode(self, maps: Sequence[Float32], conf: float) -> Float32:
@@ -113,7 +114,7 @@ class Head:
 
 
 def head_metadata(description: dict[str, Any]) -> str:
-    """The text of the metadata `head`."""
+    """The text of the metadata `raw_head`."""
     return json.dumps(description, separators=(",", ":"))
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
+from qyolo_deploy.engines.heads import METADATA_KEY
 from qyolo_deploy.errors import InputError
 
 _LOAD_ERRORS = (
@@ -49,7 +50,7 @@ class OnnxRuntimeRunner:
         height, width = inputs[0].shape[2:]
         self.imgsz = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self._head = parse_head(path, metadata.get("head"), len(self._session.get_outputs()))
+        self._head = parse_head(path, metadata.get(METADATA_KEY), len(self._session.get_outputs()))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),

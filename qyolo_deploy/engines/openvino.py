@@ -10,6 +10,7 @@ import yaml
 from numpy.typing import NDArray
 
 from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
+from qyolo_deploy.engines.heads import METADATA_KEY
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 
 
@@ -90,7 +91,7 @@ class OpenVinoRunner:
         static = shape[2].is_static and shape[3].is_static
         self.imgsz = (shape[2].get_length(), shape[3].get_length()) if static else None
         metadata = _metadata_beside(xml)
-        self._head = parse_head(xml, metadata.get("head"), len(model.outputs))
+        self._head = parse_head(xml, metadata.get(METADATA_KEY), len(model.outputs))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),

@@ -4,7 +4,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import fx
 
-from qyolo_deploy.engines.heads import head_metadata
+from qyolo_deploy.engines.heads import METADATA_KEY, head_metadata
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.graph.simulate import View
 
@@ -15,7 +15,7 @@ def expose_heads(model: ir.Model, view: View) -> ir.Model:
     """Makes the raw head maps the outputs; the model is left as it is.
 
     Requires that every map is the output of a named module. Ensures that the outputs are `head0`, `head1`, ... in
-    the order in which the decode takes them, that the decode is gone, and that the metadata `head` tells what the
+    the order in which the decode takes them, that the decode is gone, and that the metadata `raw_head` tell what the
     maps mean.
 
     Args:
@@ -39,7 +39,7 @@ def expose_heads(model: ir.Model, view: View) -> ir.Model:
         exposed.graph.append(passed)
     exposed.graph.outputs[:] = outputs
     RemoveUnusedNodesPass()(exposed)
-    exposed.metadata_props["head"] = head_metadata(view.decode.describe())  # type: ignore[operator]
+    exposed.metadata_props[METADATA_KEY] = head_metadata(view.decode.describe())  # type: ignore[operator]
     return exposed
 
 

@@ -1,7 +1,7 @@
 """Passes over an OpenVINO model made from a QDQ ONNX: 4-bit files, integers between kernels, reproducible names.
 
-Each pass states what it requires and ensures. None changes what the network computes: codes stay the same codes, and
-raw head maps the same float32 numbers but for the last unit.
+Each pass states what it requires and ensures. None changes a code. Raw head maps are the same numbers but for the
+rounding of float32: where the importer adds to a range's low end, they are `(q - z) * s`.
 """
 
 import re
@@ -24,6 +24,7 @@ _CONTAINERS = {2: ("u2", 2), 3: ("u3", 4), 4: ("i4", 0)}
 _WEIGHT = ".weight_quantized"
 _CHANNELS = 1
 _LEVELS = 256
+_NUMBERED = re.compile(r"(.*?)(_\d+)?", re.DOTALL)
 
 
 def ir_passes(quantized: QuantizedModel, storage: str) -> tuple[IrPass, ...]:
@@ -188,7 +189,7 @@ def _dequantize_planes(quantize: Any, result: Any) -> None:
     zero_point = ops.constant(np.full((1, 1, 1), round(-low / scale), np.float32))
     shifted = ops.subtract(_flattened(codes), zero_point, name=f"{name}/shifted")
     planes = ops.multiply(shifted, ops.constant(np.full((1, 1, 1), scale, np.float32)), name=f"{name}/scaled")
-    shape = ops.shape_of(source, name=f"{name}/shape")
+    shape = ops.shape_of(codes, name=f"{name}/shape")
     names = quantize.output(0).get_names()
     quantize.output(0).set_names(set())
     restored = ops.reshape(planes, shape, False, name=f"{name}/restored")
@@ -208,10 +209,14 @@ def number_names(model: Any) -> None:
     Ensures that a model gives the same bytes whatever the process has built before.
     """
     counts: Counter[str] = Counter()
+    numbered = []
     for node in model.get_ordered_ops():
-        base, number, _ = re.fullmatch(r"(.*?)(_\d+)?(/sink_port_\d+)?", node.get_friendly_name()).groups()
-        if number is None or node.get_type_name() in ("Parameter", "Result"):
-            continue
+        base, number = _NUMBERED.fullmatch(node.get_friendly_name()).groups()  # type: ignore[union-attr]
+        if number is None:
+            counts[base] += 1  # so that the second `conv` is `conv_1`
+        elif node.get_type_name() not in ("Parameter", "Result"):
+            numbered.append((node, base))
+    for node, base in numbered:
         node.set_friendly_name(f"{base}_{counts[base]}")
         counts[base] += 1
 

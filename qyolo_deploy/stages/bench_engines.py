@@ -190,9 +190,9 @@ def caption(result: Mapping[str, Any]) -> str:
     """One line on how and where it was measured."""
     machine, load_average = result["environment"], result["load_average"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("onnxruntime", "openvino") if name in machine)
-    threads = "threads of the runtimes' choice" if result["threads"] is None else f"{result['threads']} threads"
+    threads = "the runtimes' choice" if result["threads"] is None else result["threads"]
     load_1min = "{:.1f} to {:.1f}".format(load_average["before"][0], load_average["after"][0])
     return (
-        f"{result['imgsz']} px, {result['rounds']} rounds of {result['runs']} inferences, {threads}; {machine['cpu']}, "
-        f"{result['cores']} cores, load {load_1min}; {versions}"
+        f"{result['imgsz']} px, {result['rounds']} rounds of {result['runs']} inferences, threads: {threads}; "
+        f"{machine['cpu']}, {result['cores']} cores, load {load_1min}; {versions}"
     )

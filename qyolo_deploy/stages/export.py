@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qyolo_deploy import __version__
 from qyolo_deploy.atomic import atomic_dir, atomic_path
 from qyolo_deploy.engines.base import OPENVINO_SUFFIX, engine_files
+from qyolo_deploy.engines.heads import METADATA_KEY
 from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.heads import expose_heads
@@ -45,7 +46,7 @@ def run(context: StageContext) -> StageOutput:
             set_metadata(model, metadata)
         if recipe.export.head == "raw":
             model = expose_heads(model, fold_float(detector_of(quantized.architecture)))
-            metadata["head"] = model.metadata_props["head"]
+            metadata[METADATA_KEY] = model.metadata_props[METADATA_KEY]
         for done, target in enumerate(recipe.export.targets, start=1):
             tick(done, steps, target)
             engines[target] = _EXPORTERS[target](context, model, quantized, metadata)

@@ -188,7 +188,7 @@ def test_json_has_all_that_was_measured(measured, folder):
 
 def test_the_table_tells_the_same_and_the_caption_where(measured):
     head, rows = bench_table(measured.json)
-    for text in (*head, *rows[0], "64 px, 2 rounds of 3 inferences, 1 threads", "cores, load"):
+    for text in (*head, *rows[0], "64 px, 2 rounds of 3 inferences, threads: 1;", "cores, load"):
         assert text in measured.stdout
     assert rows[0][4:6] == ["1.00", "1.00..1.00"]
 
@@ -202,7 +202,7 @@ def test_openvino_rows_have_the_sizes_of_both_files(folder):
         assert row["files"] == sizes and row["precision_hint"] == "f32"
     megabytes = " + ".join(f"{sizes[kind] / 1e6:.2f}" for kind in ("bin", "xml"))
     assert bench_table(result)[1][0][8] == megabytes
-    assert "threads of the runtimes' choice" in caption(result)
+    assert "threads: the runtimes' choice" in caption(result)
 
 
 def test_a_peer_that_cannot_be_opened_keeps_its_row(folder, tmp_path):

@@ -159,15 +159,23 @@ def test_metadata_that_do_not_fit_are_refused(exported, runtime, tmp_path, text)
     path = save(exposed, runtime, tmp_path)
     if runtime == "onnxruntime":
         exposed = ir.load(path)
-        exposed.metadata_props["head"] = text
+        exposed.metadata_props["raw_head"] = text
         ir.save(exposed, path)
     else:
-        (path / "metadata.yaml").write_text(yaml.safe_dump({"head": text}))
-    with pytest.raises(InputError, match="'head'") as caught:
+        (path / "metadata.yaml").write_text(yaml.safe_dump({"raw_head": text}))
+    with pytest.raises(InputError, match="'raw_head'") as caught:
         open_engine(path)
     assert "model" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_metadata_are_json(exported):
     *_, exposed = exported
-    assert set(json.loads(exposed.metadata_props["head"])) in ({"strides", "anchors"}, {"strides", "bins"})
+    assert set(json.loads(exposed.metadata_props["raw_head"])) in ({"strides", "anchors"}, {"strides", "bins"})
+
+
+def test_what_ultralytics_calls_head_is_no_description(exported, tmp_path):
+    _, _, model, _ = exported
+    other = model.clone()
+    other.metadata_props["head"] = "Detect"  # in every export of theirs
+    engine = open_engine(save(other, "onnxruntime", tmp_path))
+    assert engine(np.zeros((1, 3, 64, 64), np.float32)).shape[2] > 8

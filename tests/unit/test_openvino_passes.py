@@ -1,0 +1,270 @@
+"""The passes over OpenVINO models: packed weights, fused kernels, maps in planes, bytes that do not change."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+import openvino
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from qyolo_deploy.engines.openvino import OpenVinoRunner, _core, build_openvino
+from qyolo_deploy.errors import InputError
+from qyolo_deploy.export.heads import expose_heads
+from qyolo_deploy.export.openvino_kernels import executed_kernels, kernel_table, profile_kernels
+from qyolo_deploy.export.openvino_passes import ir_passes, pack_weights
+from qyolo_deploy.export.qdq import insert_qdq
+from qyolo_deploy.graph.freeze import freeze
+from qyolo_deploy.graph.simulate import fold_float
+from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
+
+ops = openvino.opset13
+OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+
+
+def write(model, folder, passes=()):
+    """Builds an engine from a QDQ or float graph."""
+    folder.mkdir()
+    ir.save(model, folder / "source.onnx")
+    build_openvino(folder / "source.onnx", folder, "model", {}, passes)
+    return folder / "model.xml"
+
+
+def compiled(xml, **options):
+    return _core().compile_model(_core().read_model(xml), "CPU", OPTIONS | options)
+
+
+def outputs(xml, images):
+    return list(compiled(xml)(np.asarray(images)).values())
+
+
+def element_types(xml):
+    """Element types of the convolutions' weights as they are stored, by layer."""
+    stored = {}
+    for node in _core().read_model(xml).get_ops():
+        layer, found, _ = node.get_friendly_name().partition(".weight_quantized")
+        if node.get_type_name() == "Constant" and found and node.get_output_shape(0):
+            stored[layer] = node.get_element_type().to_string()
+    return stored
+
+
+def bytes_of(xml):
+    return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()
+
+
+def bin_size(xml):
+    return xml.with_suffix(".bin").stat().st_size
+
+
+def number_of(xml, kind):
+    return sum(kernel.kind == kind for kernel in executed_kernels(compiled(xml)))
+
+
+@pytest.fixture(scope="module")
+def engines(float_model, quantized, tmp_path_factory):
+    """`pico` W4A8 in both storages, and without any pass."""
+    folder, qdq = tmp_path_factory.mktemp("engines"), insert_qdq(float_model, quantized, clip="values")
+    built = {storage: write(qdq, folder / storage, ir_passes(quantized, storage)) for storage in ("int8", "int4")}
+    return built | {"plain": write(qdq, folder / "plain")}
+
+
+# --- packing ---
+
+
+def weights_model(values):
+    constant = openvino.op.Constant(values)
+    constant.set_friendly_name("layer.weight_quantized")
+    return openvino.Model([ops.convert(constant, "f32")], [], "weights")
+
+
+def unpacked(data, width, count):
+    """Integers of `width` bits, the first in the lowest bits of the first byte."""
+    bits = np.unpackbits(np.ascontiguousarray(data).view(np.uint8), bitorder="little")[: count * width]
+    return bits.reshape(count, width) @ (1 << np.arange(width))
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), width=st.sampled_from([2, 3, 4]))
+def test_packed_weights_come_back(data, width, tmp_path):
+    limit = 1 << (width - 1)
+    shape = data.draw(arrays.array_shapes(min_dims=4, max_dims=4, max_side=5))
+    values = data.draw(arrays.arrays(np.int8, shape, elements=st.integers(-limit, limit - 1)))
+    model = weights_model(values)
+    pack_weights(model, {"layer": width})
+    openvino.save_model(model, tmp_path / "m.xml", compress_to_fp16=False)
+    read = _core().read_model(tmp_path / "m.xml")
+    (stored,) = [node for node in read.get_ops() if node.get_friendly_name() == "layer.weight_quantized"]
+    assert stored.get_element_type().to_string() == {2: "u2", 3: "u3", 4: "i4"}[width]
+    if width != 3:  # whose bits lie in two places
+        codes = unpacked(stored.data, width, values.size)
+        codes = np.where(codes >= limit, codes - 2 * limit, codes) if width == 4 else codes - limit
+        np.testing.assert_array_equal(codes.reshape(shape), values)
+    np.testing.assert_array_equal(_core().compile_model(read, "CPU")([])[0], values)
+
+
+@pytest.mark.parametrize(
+    ("values", "bits", "message"),
+    [
+        (np.full((1, 1, 1, 1), 8, np.int8), {"layer": 4}, "does not fit into 4 bits"),
+        (np.full((1, 1, 1, 1), -3, np.int8), {"layer": 2}, "does not fit into 2 bits"),
+        (np.zeros((1, 1, 1, 1), np.int8), {"other": 4}, "no int8 weights of 'other'"),
+        (np.zeros((1, 1, 1, 1), np.float32), {"layer": 4}, "no int8 weights of 'layer'"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(values, bits, message):
+    with pytest.raises(InputError, match=message):
+        pack_weights(weights_model(values), bits)
+
+
+def test_weights_lie_in_four_bits(engines, quantized):
+    bits = {name: layer.qparams.spec.bits for name, layer in quantized.layers.items()}
+    assert element_types(engines["int4"]) == {name: "i4" if width == 4 else "i8" for name, width in bits.items()}
+    assert set(element_types(engines["int8"]).values()) == {"i8"}
+    packed = sum(quantized.layers[name].weight.size for name, width in bits.items() if width == 4)
+    assert bin_size(engines["int8"]) - bin_size(engines["int4"]) == pytest.approx(packed / 2, abs=64 * len(bits))
+
+
+def test_packed_weights_run_in_integers_and_give_the_same(engines, images, quantized):
+    kernels = {key: executed_kernels(compiled(xml)) for key, xml in engines.items()}
+    for found in kernels.values():
+        convolutions = [kernel for kernel in found if kernel.kind == "Convolution"]
+        assert len(convolutions) == len(quantized.layers)
+        assert all(kernel.is_integer for kernel in convolutions)
+    assert kernel_table(kernels["int4"]) == kernel_table(kernels["int8"])
+    expected = outputs(engines["plain"], images)
+    for key in ("int8", "int4"):
+        np.testing.assert_array_equal(outputs(engines[key], images), expected)
+
+
+@pytest.mark.parametrize(("width", "container"), [(3, "u3"), (2, "u2")])
+def test_narrower_grids_have_narrower_containers(float_model, pico, make_prepared, images, width, container, tmp_path):
+    quantized = freeze(make_prepared(pico, QuantScheme(QuantSpec(width), QuantSpec(8, signed=False))), {})
+    qdq = insert_qdq(float_model, quantized, clip="values")
+    eight, packed = (write(qdq, tmp_path / storage, ir_passes(quantized, storage)) for storage in ("int8", "int4"))
+    stored = Counter(element_types(packed).values())
+    assert stored[container] == sum(layer.qparams.spec.bits == width for layer in quantized.layers.values()) > 50
+    found = [kernel for kernel in executed_kernels(compiled(packed)) if kernel.kind == "Convolution"]
+    assert all(kernel.is_integer for kernel in found)
+    np.testing.assert_array_equal(outputs(packed, images), outputs(eight, images))
+
+
+def test_the_bytes_are_the_same_after_other_builds(float_model, quantized, engines, tmp_path):
+    """The importer numbers names from a counter of the process."""
+    qdq = insert_qdq(float_model, quantized, clip="values")
+    again = write(qdq, tmp_path / "again", ir_passes(quantized, "int4"))
+    assert bytes_of(again) == bytes_of(engines["int4"])
+    names = [node.get_friendly_name() for node in _core().read_model(again).get_ops()]
+    assert len(set(names)) == len(names)
+
+
+def test_layers_that_are_not_there_are_told(float_model, quantized, tmp_path):
+    renamed = replace(
+        quantized,
+        layers={f"{name}x" if index == 3 else name: v for index, (name, v) in enumerate(quantized.layers.items())},
+    )
+    qdq = insert_qdq(float_model, quantized, clip="values")
+    with pytest.raises(InputError, match="no int8 weights of"):
+        write(qdq, tmp_path / "engine", ir_passes(renamed, "int4"))
+
+
+# --- fused kernels ---
+
+
+def plain_and_passed(model, quantized, left_out, folder):
+    qdq = insert_qdq(model, quantized, leave_out=left_out, clip="values")
+    return write(qdq, folder / "plain"), write(qdq, folder / "passed", ir_passes(quantized, "int8"))
+
+
+def test_the_official_network_is_convolutions_and_copies(official, make_prepared, photographs, tmp_path):
+    """Nothing is computed between the image and the decode but fused kernels in 8 bits."""
+    detector, quantized, model = official
+    inner = make_prepared(detector).placement.inner
+    raw = expose_heads(model, fold_float(detector))
+    plain, passed = plain_and_passed(raw, quantized, inner, tmp_path)
+    kernels = executed_kernels(compiled(passed))
+    kinds = Counter(kernel.kind for kernel in kernels)
+    assert set(kinds) == {"Convolution", "Concatenation", "Pooling", "Interpolate", "Reorder", "Subgraph"}
+    # Neither SiLU nor rounding has a kernel of its own; only the image is rounded, and the maps made float.
+    alone = [kernel for kernel in kernels if kernel.kind == "Subgraph"]
+    assert sorted(kernel.name.partition(".")[0].partition("/")[0] for kernel in alone) == [
+        "DequantizeLinear:images",
+        *("head0", "head1", "head2"),
+    ]
+    assert all(kernel.is_integer for kernel in kernels if kernel not in alone)
+    convolutions = [kernel for kernel in kernels if kernel.kind == "Convolution"]
+    with_silu = [kernel for kernel in convolutions if any("mul" in part for part in kernel.fused)]
+    assert len(convolutions) == 60 and len(with_silu) == 57
+    assert number_of(plain, "Subgraph") > 10
+    for image in photographs.numpy():
+        for ours, theirs in zip(outputs(passed, image[None]), outputs(plain, image[None]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.std())
+
+
+def test_decoded_maps_are_sliced_as_planes(official, make_prepared, photographs, tmp_path):
+    detector, quantized, model = official
+    plain, passed = plain_and_passed(model, quantized, make_prepared(detector).placement.inner, tmp_path)
+    for image in photographs.numpy():
+        np.testing.assert_array_equal(outputs(passed, image[None]), outputs(plain, image[None]))
+    before, after = ({node.get_type_name() for node in readers_of_maps(xml)} for xml in (plain, passed))
+    assert (before, after) == ({"Slice"}, {"Reshape"})
+
+
+def readers_of_maps(xml):
+    """What reads the rounded outputs of the last convolutions."""
+    for node in _core().read_model(xml).get_ops():
+        if node.get_type_name() == "FakeQuantize" and list(node.get_output_shape(0))[1] == 255:
+            yield from (port.get_node() for port in node.output(0).get_target_inputs())
+
+
+@pytest.mark.parametrize("kind", ["pico", "yolov5"])
+def test_raw_maps_keep_names_order_and_open_shapes(make_detector, make_prepared, images, kind, tmp_path):
+    from qyolo_deploy.export.float_onnx import export_float
+
+    detector = make_detector(kind)
+    view = fold_float(detector)
+    quantized = freeze(make_prepared(detector), {})
+    model = expose_heads(export_float(view, 64, dynamic=True, opset=21), fold_float(detector))
+    plain, passed = plain_and_passed(model, quantized, frozenset(), tmp_path)
+    before, after = (_core().read_model(xml).outputs for xml in (plain, passed))
+    assert [port.get_partial_shape().rank for port in after] == [port.get_partial_shape().rank for port in before]
+    assert [f"head{index}" in port.get_names() for index, port in enumerate(after)] == [True] * len(before)
+    for shape in (np.asarray(images), np.asarray(images)[:1, :, :32, :64]):
+        ours, theirs = (outputs(xml, shape) for xml in (passed, plain))
+        assert [value.shape for value in ours] == [value.shape for value in theirs]
+        for left, right in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5 * right.std())
+
+
+def test_kernels_have_times(engines, images):
+    kernels = profile_kernels(compiled(engines["int4"], PERF_COUNT="YES"), images.numpy(), runs=2)
+    table = kernel_table(kernels)
+    assert table[0][3] > 0 and sum(count for _, _, count, _ in table) == len(kernels)
+    assert sum(time for *_, time in table) == pytest.approx(sum(kernel.time_ms for kernel in kernels))
+
+
+# --- size ---
+
+
+def test_sizes_of_the_official_network(official, make_prepared, make_scheme, photographs, tmp_path):
+    detector, eight, model = official
+    four = freeze(make_prepared(detector, make_scheme(4), photographs), {})
+    raw = partial(expose_heads, view=fold_float(detector))  # without the decode's constants, which depend on the size
+    files = {
+        "fp32": write(raw(model), tmp_path / "fp32"),
+        "w8": write(insert_qdq(raw(model), eight, clip="values"), tmp_path / "w8", ir_passes(eight, "int8")),
+        "w4": write(insert_qdq(raw(model), four, clip="values"), tmp_path / "w4", ir_passes(four, "int4")),
+    }
+    assert bin_size(files["w4"]) <= 0.55 * bin_size(files["w8"])
+    assert bin_size(files["w4"]) <= 0.19 * bin_size(files["fp32"])
+
+
+def test_the_build_packs_what_the_recipe_says(tiny_build):
+    """The quickstart stores weights of 4 bits, between ends of 8 bits."""
+    (xml,) = tiny_build.openvino.glob("*.xml")
+    stored = Counter(element_types(xml).values())
+    assert stored["i4"] > 40 and 0 < stored["i8"] < 10
+    assert OpenVinoRunner(tiny_build.openvino).names
