@@ -95,9 +95,8 @@ class QuantizationSection(Section):
     )
     start: Literal["moments", "compensated", "ranges"] = Field(
         "moments",
-        description="After range search: each channel's mean and spread matched to the float model; or that and weights "
-        "rounded so that each makes up for the errors of those before it (GPTQ), best where nothing is trained; or "
-        "nothing",
+        description="After range search: each channel's mean and spread matched to the float model; that and weights "
+        "rounded so that each makes up for the errors of those before it (GPTQ; best without training); or nothing",
     )
     overrides: dict[str, OverrideSection] = {}
     keep_float: tuple[str, ...] = ()

@@ -41,13 +41,14 @@ class Runner(Protocol):
         """
 
 
-def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001) -> Runner:
+def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, threads: int | None = None) -> Runner:
     """Loads an engine file of any kind.
 
     Args:
         path: `.onnx`, an OpenVINO `.xml`, or the folder that holds one.
         precision_hint: For OpenVINO; `f32` computes what the file says, `bf16` may be faster.
         conf: Of engines that end at raw head maps, only candidates with a score above it are decoded.
+        threads: That compute; by default the runtime's choice.
 
     Raises:
         InputError: If there is no such file, it is of no known kind, or it cannot be loaded.
@@ -58,11 +59,11 @@ def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001) ->
     if path.suffix == ".onnx":
         from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path, conf)
+        return OnnxRuntimeRunner(path, conf, threads)
     if path.suffix == ".xml" or path.is_dir():
         from qyolo_deploy.engines.openvino import OpenVinoRunner
 
-        return OpenVinoRunner(path, precision_hint, conf)
+        return OpenVinoRunner(path, precision_hint, conf, threads)
     raise InputError(f"{path}: expected an .onnx file, an OpenVINO .xml or the folder that holds one")
 
 

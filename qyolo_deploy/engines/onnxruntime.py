@@ -26,6 +26,7 @@ class OnnxRuntimeRunner:
     Args:
         path: The file.
         conf: See `open_engine`.
+        threads: See `open_engine`.
 
     Raises:
         InputError: If the file cannot be loaded or is not a detector's.
@@ -34,10 +35,11 @@ class OnnxRuntimeRunner:
     runtime = "onnxruntime"
     precision_hint = None
 
-    def __init__(self, path: Path, conf: float = 0.001) -> None:
+    def __init__(self, path: Path, conf: float = 0.001, threads: int | None = None) -> None:
         self.path, self._conf = path, conf
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0  # 0 is the runtime's choice
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except (*_LOAD_ERRORS, errors.InvalidArgument) as error:

@@ -65,6 +65,7 @@ class OpenVinoRunner:
         path: The `.xml`, or a folder with exactly one.
         precision_hint: `f32` or `bf16`; machines with AMX take bf16 by themselves, which is no parity.
         conf: See `open_engine`.
+        threads: See `open_engine`.
 
     Raises:
         InputError: If the files are not there or cannot be loaded.
@@ -73,11 +74,15 @@ class OpenVinoRunner:
 
     runtime = "openvino"
 
-    def __init__(self, path: Path, precision_hint: str = "f32", conf: float = 0.001) -> None:
+    def __init__(
+        self, path: Path, precision_hint: str = "f32", conf: float = 0.001, threads: int | None = None
+    ) -> None:
         openvino = import_openvino()
         self.path, self.precision_hint, self._conf = path, precision_hint, conf
         xml = _xml_of(path)
-        options = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
+        options: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
         try:
             model = _core().read_model(xml)
             self._compile = partial(_core().compile_model, model, "CPU", options)

@@ -6,7 +6,6 @@ All engines are open at the same time and take turns, so that within a round the
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.engines.base import Runner, engine_files
 from qyolo_deploy.errors import InputError, QyoloError
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline
-from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns, thread_limit
+from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns
 from qyolo_deploy.validate.run import digest_engine
 
 _PACKAGES = ("onnxruntime", "openvino", "nncf", "ultralytics", "onnx", "torch", "numpy")
@@ -65,13 +64,10 @@ def run_bench(
     """
     find_baseline(subjects, baseline)  # before anything takes long
     before, example = os.getloadavg(), example_image(settings.imgsz, image)
-    with ExitStack() as stack:
-        has_openvino = any(subject.runtime == "openvino" and subject.path for subject in subjects)
-        stack.enter_context(thread_limit(settings.threads, has_openvino))
-        checked = [_open(subject, settings.conf, example) for subject in subjects]
-        subjects, opened = [subject for subject, _ in checked], [engine for _, engine in checked]
-        reference = find_baseline(subjects, baseline)
-        times = _measure(subjects, opened, settings, example, progress)
+    checked = [_open(subject, settings, example) for subject in subjects]
+    subjects, opened = [subject for subject, _ in checked], [engine for _, engine in checked]
+    reference = find_baseline(subjects, baseline)
+    times = _measure(subjects, opened, settings, example, progress)
     rows = [
         _row(subject, engine, times.get(index), times[reference])
         for index, (subject, engine) in enumerate(zip(subjects, opened, strict=True))
@@ -87,12 +83,12 @@ def run_bench(
     }
 
 
-def _open(subject: Subject, conf: float, example: Images) -> tuple[Subject, _Opened | None]:
+def _open(subject: Subject, settings: BenchEnginesSettings, example: Images) -> tuple[Subject, _Opened | None]:
     """The engine; where it is not required and cannot be opened, the row without one."""
     if subject.path is None:
         return subject, None
     try:
-        opened = _Opened(*load(subject, conf))
+        opened = _Opened(*load(subject, settings.conf, settings.threads))
         fixed, imgsz = opened.runner.imgsz, example.shape[2]
         if fixed not in (None, (imgsz, imgsz)):
             raise InputError(f"{subject.path}: its input is fixed to {fixed[1]} x {fixed[0]} px, but imgsz is {imgsz}")

@@ -1,17 +1,14 @@
 """Engines that take turns: inference times by round, and ratios within the same round."""
 
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from qyolo_deploy.engines.base import Runner, open_engine
-from qyolo_deploy.engines.openvino import _core
 from qyolo_deploy.stages.bench_engines_subjects import Subject
 
 _LOADS = 3
@@ -84,68 +81,23 @@ def summarize(times: Sequence[Sequence[float]], baseline: Sequence[Sequence[floa
     }
 
 
-def load(subject: Subject, conf: float) -> tuple[Runner, list[float]]:
+def load(subject: Subject, conf: float, threads: int | None) -> tuple[Runner, list[float]]:
     """Opens an engine several times; the first, which reads it from the disk and may start its runtime, is not timed.
 
     Args:
         subject: A row with an engine.
         conf: See `open_engine`.
+        threads: See `open_engine`.
 
     Raises:
         QyoloError: It cannot be opened.
     """
     assert subject.path is not None
     hint = subject.hint or "f32"
-    runner = open_engine(subject.path, hint, conf)
+    runner = open_engine(subject.path, hint, conf, threads)
     elapsed = []
     for _ in range(_LOADS):
         start = time.perf_counter_ns()
-        runner = open_engine(subject.path, hint, conf)
+        runner = open_engine(subject.path, hint, conf, threads)
         elapsed.append((time.perf_counter_ns() - start) / 1e6)
     return runner, elapsed
-
-
-@contextlib.contextmanager
-def thread_limit(threads: int | None, openvino: bool) -> Iterator[None]:
-    """Engines opened in the block compute with so many threads; None leaves it to the runtimes.
-
-    Args:
-        threads: Of each engine.
-        openvino: Whether one of them is OpenVINO's.
-    """
-    if threads is None:
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_onnxruntime_threads(threads))
-        if openvino:
-            stack.enter_context(_openvino_threads(threads))
-        yield
-
-
-@contextlib.contextmanager
-def _onnxruntime_threads(threads: int) -> Iterator[None]:
-    """ONNX Runtime takes it from the options of a session alone, so that these are born with it."""
-    original = onnxruntime.SessionOptions
-
-    def limited() -> Any:
-        options = original()
-        options.intra_op_num_threads = threads
-        return options
-
-    onnxruntime.SessionOptions = limited
-    try:
-        yield
-    finally:
-        onnxruntime.SessionOptions = original
-
-
-@contextlib.contextmanager
-def _openvino_threads(threads: int) -> Iterator[None]:
-    key = "INFERENCE_NUM_THREADS"
-    before = _core().get_property("CPU", key)
-    _core().set_property("CPU", {key: threads})
-    try:
-        yield
-    finally:
-        _core().set_property("CPU", {key: before})

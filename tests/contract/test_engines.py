@@ -191,6 +191,10 @@ class TestEngine:
             alone = engine(images[index : index + 1])
             np.testing.assert_allclose(alone[0], together[index], rtol=1e-4, atol=1e-3)
 
+    def test_a_single_thread_gives_the_same(self, engine, built):
+        images = some_images(1, 3, 64, 96)
+        np.testing.assert_allclose(open_engine(built["open"], threads=1)(images), engine(images), rtol=1e-4, atol=1e-3)
+
     def test_views_of_larger_arrays_are_taken_as_they_look(self, engine):
         large = some_images(1, 3, 128, 128)
         np.testing.assert_array_equal(engine(large[:, :, ::2, ::2]), engine(large[:, :, ::2, ::2].copy()))

@@ -17,7 +17,7 @@ from qyolo_deploy.stages.bench_engines import bench_table, caption, run_bench
 from qyolo_deploy.stages.bench_engines_own import own_subjects, parse_schemes, write_recipe
 from qyolo_deploy.stages.bench_engines_peers import PEERS, FloatModel, Peer, peer_subjects, refusal
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline, parse_engines
-from qyolo_deploy.stages.bench_engines_turns import summarize, take_turns, thread_limit
+from qyolo_deploy.stages.bench_engines_turns import summarize, take_turns
 
 FAST = ("--imgsz", 64, "--rounds", 2, "--runs", 3, "--threads", 1)
 MS = 1_000_000
@@ -217,13 +217,6 @@ def test_a_peer_that_cannot_be_opened_keeps_its_row(folder, tmp_path):
     assert "cannot load it" in result["rows"][0]["note"] and "ratio" not in result["rows"][0]
     head, rows = bench_table(result)
     assert rows[0][3:9] == ["-"] * 6 and len(rows[0]) == len(head)
-
-
-def test_threads_are_limited_inside_the_block_alone():
-    kind = onnxruntime.SessionOptions
-    with thread_limit(3, openvino=True):
-        assert onnxruntime.SessionOptions().intra_op_num_threads == 3
-    assert onnxruntime.SessionOptions is kind
 
 
 # --- what is made of float weights --------------------------------------------------------------------------

@@ -8,12 +8,14 @@ import numpy as np
 import onnx_ir as ir
 import openvino
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from qyolo_deploy.engines.openvino import OpenVinoRunner, _core, build_openvino
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.heads import expose_heads
 from qyolo_deploy.export.openvino_kernels import executed_kernels, kernel_table, profile_kernels
 from qyolo_deploy.export.openvino_passes import ir_passes, pack_weights
@@ -220,10 +222,19 @@ def readers_of_maps(xml):
             yield from (port.get_node() for port in node.output(0).get_target_inputs())
 
 
+def test_grids_of_few_bits_stay(float_model, pico, make_prepared, images, tmp_path):
+    """Their values are clipped before they are rounded, and joined from tensors of other grids."""
+    prepared = make_prepared(pico, QuantScheme(QuantSpec(4), QuantSpec(3, signed=False)))
+    with torch.no_grad():
+        for quantizer in [quantizer for quantizer in prepared.quantizers().values() if quantizer.spec.bits < 8][::2]:
+            quantizer.scale.mul_(0.3)
+            quantizer.offset.zero_()
+    plain, passed = plain_and_passed(float_model, freeze(prepared, {}), frozenset(), tmp_path)
+    np.testing.assert_array_equal(outputs(passed, images), outputs(plain, images))
+
+
 @pytest.mark.parametrize("kind", ["pico", "yolov5"])
 def test_raw_maps_keep_names_order_and_open_shapes(make_detector, make_prepared, images, kind, tmp_path):
-    from qyolo_deploy.export.float_onnx import export_float
-
     detector = make_detector(kind)
     view = fold_float(detector)
     quantized = freeze(make_prepared(detector), {})
