@@ -260,6 +260,7 @@ TINY = {
     "data.synthetic.train_images": 24,
     "data.synthetic.val_images": 12,
     "data.calibration_images": 8,
+    "quantization.activations.bits": 8,
     "model.imgsz": 128,
     "train.epochs": 3,
     "train.batch": 8,

@@ -331,7 +331,7 @@ def test_recipe_list_cuts_nothing_off(qyolo, repository):
     outcome = qyolo("recipe", "list", cwd=repository)
     assert outcome.code == 0
     assert "recipes/yolov5n_w8a8.yaml" in rows(outcome.stdout)
-    assert rows(outcome.stdout)["recipes/quickstart.yaml"][:2] == ["builtin:quickstart", "w4a8"]
+    assert rows(outcome.stdout)["recipes/quickstart.yaml"][:2] == ["builtin:quickstart", "w4a4"]
 
 
 def test_version_and_help_of_every_command(qyolo):
