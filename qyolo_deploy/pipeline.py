@@ -56,14 +56,14 @@ STAGES = (
     Stage("correct", 3, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
-        3,
+        4,
         "export",
         ("name", "description", "model", "export", "release"),
         ("float", "train", "correct"),
     ),
     Stage(
         "validate",
-        5,
+        6,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),

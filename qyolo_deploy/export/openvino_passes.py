@@ -1,7 +1,7 @@
 """Passes over an OpenVINO model made from a QDQ ONNX: 4-bit files, integers between kernels, reproducible names.
 
-Each pass states what it requires and ensures. None changes a code. Raw head maps are the same numbers but for the
-rounding of float32: where the importer adds to a range's low end, they are `(q - z) * s`.
+Each pass states what it requires and ensures. None changes what is computed, only which kernel computes it: where that
+is another one, a value at a tie may round the other way, and float32 numbers differ in their last digits.
 """
 
 import re
@@ -86,9 +86,9 @@ def _packed(node: Any, width: int) -> Any:
 def round_before_choosing(model: Any) -> None:
     """Rounds what goes into Concat, MaxPool and nearest Interpolate instead of what comes out of them.
 
-    These only choose among values, and rounding keeps their order, so the codes are the same. The importer has it the
-    other way round, which leaves a kernel to requantize each tensor that has another reader, besides the rounding that
-    the convolution does anyway.
+    These only choose among values, and rounding keeps their order, so the codes are the same (but for ties, see above).
+    The importer has it the other way round, which leaves a kernel to requantize each tensor that has another reader,
+    besides the rounding that the convolution does anyway.
 
     Requires and ensures nothing of the graph: where a tensor is not rounded, nothing is moved.
     """

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qyolo_deploy.graph.layers import convolution_like
+from qyolo_deploy.graph.logistic import logistic
 from qyolo_deploy.graph.ops import Add
 from qyolo_deploy.graph.trace import trace
 from qyolo_deploy.models.base import Detector
@@ -110,6 +111,29 @@ class IntegerAdd(nn.Module):
         return self.output.from_codes((total.round() - self.zero).float())
 
 
+class IntegerSigmoid(nn.Module):
+    """The sigmoid of a quantized tensor: a table from codes to codes, as in ONNX Runtime's QLinearSigmoid.
+
+    Args:
+        source: Parameters of the input.
+        target: Parameters of the output.
+    """
+
+    table: Tensor
+
+    def __init__(self, source: QParams, target: QParams) -> None:
+        super().__init__()
+        self.scale = float(source.scale)
+        self.low = source.spec.qmin - int(source.zero_point)
+        steps = np.arange(source.spec.qmin, source.spec.qmax + 1, dtype=np.float32) - np.float32(source.zero_point)
+        values = torch.from_numpy(logistic(steps * np.float32(source.scale)))
+        self.register_buffer("table", FixedQuantizer(target)(values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float32 of any shape on the input's grid to float32 on the output's."""
+        return self.table[torch.round(x / self.scale).sub_(self.low).long()]
+
+
 def _container_zero(qparams: QParams) -> int:
     """The zero point in the 8-bit container, at whose top the codes of fewer bits lie."""
     spec = qparams.spec
@@ -203,13 +227,15 @@ def simulate(detector: Detector, quantized: QuantizedModel, leave_out: frozenset
 
 
 def _round_node(core: fx.GraphModule, node: fx.Node, quantized: QuantizedModel, leave_out: frozenset[str]) -> None:
-    """A sum of rounded tensors is computed in integers; what else is rounded is computed in float first."""
+    """Sums and sigmoids of rounded tensors are computed in integers; what else is rounded, in float first."""
     name, target = str(node.target), quantized.activations[str(node.target)]
     terms = [_tensor_behind(source) for source in node.all_input_nodes]
     rounded = [term for term in terms if term in quantized.activations and term not in leave_out]
     if isinstance(dict(core.named_modules()).get(name), Add) and len(rounded) == len(node.args) == 2:
         left, right = (quantized.activations[term] for term in rounded)
         core.add_submodule(name, IntegerAdd((left, right), target))
+    elif isinstance(dict(core.named_modules()).get(name), nn.Sigmoid) and len(rounded) == 1:
+        core.add_submodule(name, IntegerSigmoid(quantized.activations[rounded[0]], target))
     else:
         _round_after(core, node, target)
 

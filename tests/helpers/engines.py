@@ -8,12 +8,14 @@ import torch
 from onnx import TensorProto, helper
 
 from qyolo_deploy.export.saturation import shift_to_top
-from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerAdd, IntegerConv
+from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerAdd, IntegerConv, IntegerSigmoid
 
-# ONNX Runtime's QLinearAdd and QLinearMul multiply by a float32 quotient of scales where the definition divides, and
-# its sigmoid is a table, so that a value within a few units in the last place of a tie may turn. We have seen no
-# code differ in 10^8 of them, but one that turned early would move many of those behind it.
+# ONNX Runtime's QLinearMul multiplies by a float32 quotient of scales where the definition divides, so that a value
+# within a few units in the last place of a tie may turn. We have seen no code differ in 10^8 of them, but one that
+# turned early would move many of those behind it.
 DIFFERING_CODES = 1e-3
+
+_INTEGER = (IntegerConv, IntegerAdd, IntegerSigmoid, FixedQuantizer)
 
 
 def to_bytes(model):
@@ -44,7 +46,7 @@ def codes_of_simulation(view, quantized, images):
     codes, handles = {}, []
     for name, module in view.core.named_modules():
         tensor = name.removeprefix("quantizers.")
-        if isinstance(module, IntegerConv | IntegerAdd | FixedQuantizer) and tensor in quantized.activations:
+        if isinstance(module, _INTEGER) and tensor in quantized.activations:
             qparams = quantized.activations[tensor]
 
             def keep(_, inputs, output, tensor=tensor, qparams=qparams):

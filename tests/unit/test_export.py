@@ -17,7 +17,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.graph.freeze import freeze
-from qyolo_deploy.graph.simulate import IntegerAdd, fold_float, simulate
+from qyolo_deploy.graph.simulate import IntegerAdd, IntegerSigmoid, fold_float, simulate
 from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
@@ -317,3 +317,27 @@ def test_a_sum_breaks_ties_as_onnxruntime_does():
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         (theirs,) = session_of(model.SerializeToString()).run(None, {"a": codes[0], "b": codes[1]})
         np.testing.assert_array_equal(terms[2].quantize(ours.numpy()), theirs)
+
+
+def test_a_sigmoid_is_that_of_onnxruntime_s_table():
+    """All codes, with the gate's grid and with others, on which some sigmoids lie beside a tie."""
+    rng = np.random.default_rng(5)
+    for index in range(300):
+        scale, zero = np.float32(rng.uniform(0.005, 0.3)), np.uint8(rng.integers(0, 256))
+        step = np.float32(1 / 256 if index % 2 else rng.uniform(1 / 256, 1 / 100))
+        source = QParams.of(QuantSpec(8, signed=False), scale, zero)
+        target = QParams.of(QuantSpec(8, signed=False), step, np.uint8(0))
+        codes = np.arange(256, dtype=np.uint8)
+        values = torch.from_numpy((codes.astype(np.float32) - zero) * scale)
+        node = helper.make_node("QLinearSigmoid", ["x", "xs", "xz", "ys", "yz"], ["y"], domain="com.microsoft")
+        constants = [
+            numpy_helper.from_array(np.array(value), name)
+            for name, value in (("xs", scale), ("xz", zero), ("ys", step), ("yz", np.uint8(0)))
+        ]
+        inputs, outputs = (helper.make_tensor_value_info(name, TensorProto.UINT8, [256]) for name in "xy")
+        graph = helper.make_graph([node], "sigmoid", [inputs], [outputs], constants)
+        opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        (theirs,) = session_of(model.SerializeToString()).run(None, {"x": codes})
+        ours = target.quantize(IntegerSigmoid(source, target)(values).numpy())
+        np.testing.assert_array_equal(ours, theirs, err_msg=f"{scale} {zero} {step}")
