@@ -74,12 +74,13 @@ def engines(
     ] = None,
     calibration_images: Annotated[int, typer.Option(help="How many images of it.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder that keeps what is made of --weights.")] = Path("runs/bench"),
+    profile: Annotated[bool, typer.Option("--profile", help="Show the kernels that OpenVINO runs, and times.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare latency, load time and size of engines, in rounds in which each gets its turn."""
     from qyolo_deploy.data.dataset import find_input, load_dataset
-    from qyolo_deploy.stages.bench_engines import bench_table, caption, run_bench
+    from qyolo_deploy.stages.bench_engines import bench_table, caption, profile_table, run_bench
     from qyolo_deploy.stages.bench_engines_own import parse_schemes
     from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, parse_engines
 
@@ -96,6 +97,8 @@ def engines(
     if not quiet:
         stdout().print(caption(result), markup=False, soft_wrap=True)
         _print_table(*bench_table(result))
+    if profile and not quiet:
+        _print_table(*profile_table(subjects, settings))
     if as_json:
         print(json.dumps(result))
 

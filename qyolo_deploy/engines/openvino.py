@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
 from qyolo_deploy.engines.heads import METADATA_KEY
+from qyolo_deploy.engines.openvino_kernels import Kernel, profile_kernels
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 
 
@@ -86,6 +87,7 @@ class OpenVinoRunner:
         try:
             model = _core().read_model(xml)
             self._compile = partial(_core().compile_model, model, "CPU", options)
+            self._profiled = partial(_core().compile_model, model, "CPU", options | {"PERF_COUNT": "YES"})
             self._compiled = self._compile()
         except RuntimeError as error:
             reason = " ".join(str(error).split())
@@ -101,6 +103,10 @@ class OpenVinoRunner:
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
         )
+
+    def profile(self, images: NDArray[np.float32], runs: int = 9) -> list[Kernel]:
+        """The kernels that run, with their times; images float32 `[N, 3, H, W]`, times are medians over the runs."""
+        return profile_kernels(self._profiled(), images, runs)
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the compiled model."""

@@ -19,6 +19,8 @@ from qyolo_deploy.console import Tick
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.engines.base import Runner, engine_files
+from qyolo_deploy.engines.openvino import OpenVinoRunner
+from qyolo_deploy.engines.openvino_kernels import kernel_table
 from qyolo_deploy.errors import InputError, QyoloError
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline
 from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns
@@ -155,6 +157,23 @@ def _row(
         "files": files,
         **summarize(times, baseline),
     }
+
+
+def profile_table(subjects: Sequence[Subject], settings: BenchEnginesSettings) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of what OpenVINO's engines spend their time on, by kind and precision of their kernels.
+
+    Args:
+        subjects: Rows; those of other runtimes and those without an engine are left out.
+        settings: Image size, and runs of which the median counts.
+    """
+    rows, example = [], example_image(settings.imgsz, None)
+    for subject in subjects:
+        if subject.runtime != "openvino" or subject.path is None:
+            continue
+        runner = OpenVinoRunner(subject.path, subject.hint or "f32", settings.conf, settings.threads)
+        for kind, precision, count, time_ms in kernel_table(runner.profile(example, settings.runs)):
+            rows.append([subject.label, kind, precision, str(count), f"{time_ms:.2f}"])
+    return ["engine", "kernel", "precision", "number", "ms"], rows
 
 
 def _sizes(path: Path) -> dict[str, int]:

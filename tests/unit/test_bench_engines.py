@@ -13,7 +13,7 @@ from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.errors import InputError, QyoloError
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.stages import bench_engines_peers as peers_module
-from qyolo_deploy.stages.bench_engines import bench_table, caption, run_bench
+from qyolo_deploy.stages.bench_engines import bench_table, caption, profile_table, run_bench
 from qyolo_deploy.stages.bench_engines_own import own_subjects, parse_schemes, write_recipe
 from qyolo_deploy.stages.bench_engines_peers import PEERS, FloatModel, Peer, peer_subjects, refusal
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline, parse_engines
@@ -217,6 +217,18 @@ def test_a_peer_that_cannot_be_opened_keeps_its_row(folder, tmp_path):
     assert "cannot load it" in result["rows"][0]["note"] and "ratio" not in result["rows"][0]
     head, rows = bench_table(result)
     assert rows[0][3:9] == ["-"] * 6 and len(rows[0]) == len(head)
+
+
+def test_the_profile_tells_what_openvino_runs(tiny_build):
+    subjects = [
+        Subject("ours", tiny_build.openvino, "openvino", "f32"),
+        Subject("onnx", tiny_build.onnx, "onnxruntime"),
+        Subject("absent", None, "openvino", required=False),
+    ]
+    head, rows = profile_table(subjects, BenchEnginesSettings(128, 2, 2))
+    assert head[0] == "engine" and {row[0] for row in rows} == {"ours@f32"}
+    (convolutions,) = [row for row in rows if row[1] == "Convolution"]
+    assert convolutions[2] == "u8" and int(convolutions[3]) > 20 and float(convolutions[4]) > 0
 
 
 # --- what is made of float weights --------------------------------------------------------------------------
