@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qyolo_deploy._version import __version__
+from qyolo_deploy.engines.requirements import MINIMUM, version_numbers
 
 Status = Literal["ok", "missing", "too old", "broken"]
 
@@ -70,7 +71,7 @@ def _package(entry: _Package) -> Finding:
         version = importlib.metadata.version(entry.name)
     except importlib.metadata.PackageNotFoundError:
         return Finding(entry.name, "missing", "", "", remedy, entry.needed_for)
-    if _numbers(version) < _numbers(entry.minimum):
+    if version_numbers(version) < version_numbers(entry.minimum):
         return Finding(entry.name, "too old", version, f"at least {entry.minimum}", remedy, entry.needed_for)
     try:
         details = entry.details()
@@ -78,15 +79,6 @@ def _package(entry: _Package) -> Finding:
         reason = " ".join(str(error).split())
         return Finding(entry.name, "broken", version, reason, f"reinstall: {remedy}", entry.needed_for)
     return Finding(entry.name, "ok", version, details, "", entry.needed_for)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 def _onnxruntime_devices() -> str:
@@ -111,8 +103,8 @@ def _compiler() -> Finding:
 
 
 _PACKAGES = (
-    _Package("onnxruntime", "1.23", "", "running ONNX engines", _onnxruntime_devices),
-    _Package("openvino", "2026.0", "openvino", "building and running OpenVINO engines", _openvino_devices),
+    _Package("onnxruntime", MINIMUM["onnxruntime"], "", "running ONNX engines", _onnxruntime_devices),
+    _Package("openvino", MINIMUM["openvino"], "openvino", "building and running OpenVINO engines", _openvino_devices),
     _Package("faster-coco-eval", "1.7", "", "mAP"),
     _Package("pycocotools", "2.0.8", "", "mAP by the reference"),
     _Package("opencv-python", "4.10", "", "reading images"),

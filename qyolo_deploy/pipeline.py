@@ -20,6 +20,7 @@ from qyolo_deploy.data.calibration import read_calibration_set
 from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.images import list_images
 from qyolo_deploy.data.synthetic import GENERATOR_VERSION
+from qyolo_deploy.engines.requirements import check_targets
 from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
 from qyolo_deploy.recipe import SYNTHETIC, Recipe
 from qyolo_deploy.recipe_file import load_recipe
@@ -28,6 +29,7 @@ from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, buil
 _RECORDS = ".stages"
 # Another version of these may give another engine or another number from the same engine.
 _RUNTIMES = ("onnxruntime", "openvino")
+_BEFORE_ENGINES = ("data", "float", "train", "correct")
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ def _build_first(
 ) -> BuildResult:
     """The build itself, which of several processes the first one does."""
     plan = _Plan(loaded, recipe, data)
+    if until not in _BEFORE_ENGINES:
+        check_targets(loaded.export.targets)
     folder = out / loaded.name
     with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
         return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share).run(until, force)

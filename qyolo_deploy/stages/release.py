@@ -6,6 +6,7 @@ from typing import Any
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
 from qyolo_deploy.engines.base import engine_files
+from qyolo_deploy.engines.requirements import MINIMUM
 from qyolo_deploy.errors import GateFailedError
 from qyolo_deploy.release.bundle import write_release
 from qyolo_deploy.release.manifest import (
@@ -26,8 +27,6 @@ PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy")
 _FORMATS = {"float": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 _RUNTIME_OF = {"float": "onnxruntime"}
 _RECIPE = "recipe.resolved.yaml"
-# What the package itself requires; older runtimes may load the engines, but none was tried.
-_MINIMUM = {"onnxruntime": "1.23", "openvino": "2026.0"}
 
 
 def run(context: StageContext) -> StageOutput:
@@ -101,6 +100,6 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
         scheme="fp32" if name == "float" else context.artifacts["train"].info["scheme"],
         storage="float32" if name == "float" else storage,
         precision_hint=view["precision_hint"],
-        min_runtime_version=_MINIMUM[runtime],
+        min_runtime_version=MINIMUM[runtime],
         metrics=metrics | {f"latency_ms_{key}": value for key, value in view["latency_ms"].items()},
     )

@@ -1,0 +1,41 @@
+"""Which runtimes engines are built for and proven on, asked before any work begins."""
+
+import importlib.metadata
+from collections.abc import Iterable
+
+from qyolo_deploy.errors import RuntimeMissingError
+
+# What the package itself requires; older runtimes may load some engines, but none was tried. ONNX Runtime folds 4-bit
+# weights into its int8 kernels from 1.23 on.
+MINIMUM = {"onnxruntime": "1.23", "openvino": "2026.0"}
+_EXTRA = {"onnxruntime": "", "openvino": "[openvino]"}
+
+
+def check_targets(targets: Iterable[str]) -> None:
+    """Makes sure that engines for all targets can be built and measured here.
+
+    Raises:
+        RuntimeMissingError: A runtime is not installed or too old.
+    """
+    for target in targets:
+        hint = f'pip install "qyolo_deploy{_EXTRA[target]}", or leave {target} out of export.targets.'
+        try:
+            version = importlib.metadata.version(target)
+        except importlib.metadata.PackageNotFoundError as error:
+            message = f"export.targets: {target} is not installed, so its engine could not be built or measured"
+            raise RuntimeMissingError(message, hint) from error
+        if version_numbers(version) < version_numbers(MINIMUM[target]):
+            raise RuntimeMissingError(
+                f"export.targets: {target} {version} is too old, expected {MINIMUM[target]} or newer",
+                hint,
+            )
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with, to compare it by."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
