@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from qyolo_deploy.graph.layers import convolution_like
 from qyolo_deploy.graph.logistic import logistic
-from qyolo_deploy.graph.ops import Add
+from qyolo_deploy.graph.ops import Add, Mul
 from qyolo_deploy.graph.trace import trace
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
@@ -109,6 +109,30 @@ class IntegerAdd(nn.Module):
             codes = torch.round(x / scale).double() + zero
             total = (codes * float(ratio) + total).float().double()  # one rounding, as a fused multiply-add has
         return self.output.from_codes((total.round() - self.zero).float())
+
+
+class IntegerMul(nn.Module):
+    """The product of two quantized tensors in the arithmetic of ONNX Runtime's QLinearMul.
+
+    `round(a b r + z_c)` on codes without their zero points, with `r = s_a s_b / s_c`, each operation rounded to
+    float32.
+
+    Args:
+        sources: Parameters of the factors.
+        target: Parameters of the product.
+    """
+
+    def __init__(self, sources: tuple[QParams, QParams], target: QParams) -> None:
+        super().__init__()
+        self.scales = tuple(float(source.scale) for source in sources)
+        left, right = (np.float32(source.scale) for source in sources)
+        self.ratio = float(left * right / np.float32(target.scale))
+        self.zero, self.output = _container_zero(target), FixedQuantizer(target)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Float32 of one shape on the sources' grids to float32 on the target's."""
+        product = torch.round(left / self.scales[0]).mul_(torch.round(right / self.scales[1]))
+        return self.output.from_codes(product.mul_(self.ratio).add_(self.zero).round_().sub_(self.zero))
 
 
 class IntegerSigmoid(nn.Module):
@@ -227,15 +251,17 @@ def simulate(detector: Detector, quantized: QuantizedModel, leave_out: frozenset
 
 
 def _round_node(core: fx.GraphModule, node: fx.Node, quantized: QuantizedModel, leave_out: frozenset[str]) -> None:
-    """Sums and sigmoids of rounded tensors are computed in integers; what else is rounded, in float first."""
+    """Sums, products and sigmoids of rounded tensors are computed in integers, what else is rounded in float first."""
     name, target = str(node.target), quantized.activations[str(node.target)]
     terms = [_tensor_behind(source) for source in node.all_input_nodes]
     rounded = [term for term in terms if term in quantized.activations and term not in leave_out]
-    if isinstance(dict(core.named_modules()).get(name), Add) and len(rounded) == len(node.args) == 2:
-        left, right = (quantized.activations[term] for term in rounded)
-        core.add_submodule(name, IntegerAdd((left, right), target))
-    elif isinstance(dict(core.named_modules()).get(name), nn.Sigmoid) and len(rounded) == 1:
-        core.add_submodule(name, IntegerSigmoid(quantized.activations[rounded[0]], target))
+    sources = [quantized.activations[term] for term in rounded]
+    module = dict(core.named_modules()).get(name)
+    if isinstance(module, Add | Mul) and len(sources) == len(node.args) == 2:
+        kind = IntegerAdd if isinstance(module, Add) else IntegerMul
+        core.add_submodule(name, kind((sources[0], sources[1]), target))
+    elif isinstance(module, nn.Sigmoid) and len(sources) == 1:
+        core.add_submodule(name, IntegerSigmoid(sources[0], target))
     else:
         _round_after(core, node, target)
 

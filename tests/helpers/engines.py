@@ -8,14 +8,13 @@ import torch
 from onnx import TensorProto, helper
 
 from qyolo_deploy.export.saturation import shift_to_top
-from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerAdd, IntegerConv, IntegerSigmoid
+from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerAdd, IntegerConv, IntegerMul, IntegerSigmoid
 
-# ONNX Runtime's QLinearMul multiplies by a float32 quotient of scales where the definition divides, so that a value
-# within a few units in the last place of a tie may turn. We have seen no code differ in 10^8 of them, but one that
-# turned early would move many of those behind it.
+# The view breaks ties as ONNX Runtime does, as far as we have seen; a code that turned early would move many of those
+# behind it.
 DIFFERING_CODES = 1e-3
 
-_INTEGER = (IntegerConv, IntegerAdd, IntegerSigmoid, FixedQuantizer)
+_INTEGER = (IntegerConv, IntegerAdd, IntegerMul, IntegerSigmoid, FixedQuantizer)
 
 
 def to_bytes(model):
