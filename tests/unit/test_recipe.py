@@ -58,7 +58,7 @@ def test_a_resolved_recipe_gives_the_same_recipe_again(path, write):
 def test_the_quickstart_is_what_the_readme_promises():
     recipe = load_recipe(next(path for path in SHIPPED if path.stem == "quickstart"))
     scheme = recipe.quantization.scheme()
-    assert scheme.label == "w4a8"
+    assert scheme.label == "w4a4"
     assert scheme.first_last_bits == 8
     assert recipe.data.source == "synthetic"
     assert recipe.model.weights == "builtin:quickstart"
