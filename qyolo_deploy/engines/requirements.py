@@ -8,7 +8,6 @@ from qyolo_deploy.errors import RuntimeMissingError
 # What the package itself requires; older runtimes may load some engines, but none was tried. ONNX Runtime folds 4-bit
 # weights into its int8 kernels from 1.23 on.
 MINIMUM = {"onnxruntime": "1.23", "openvino": "2026.0"}
-_EXTRA = {"onnxruntime": "", "openvino": "[openvino]"}
 
 
 def check_targets(targets: Iterable[str]) -> None:
@@ -18,7 +17,7 @@ def check_targets(targets: Iterable[str]) -> None:
         RuntimeMissingError: A runtime is not installed or too old.
     """
     for target in targets:
-        hint = f'pip install "qyolo_deploy{_EXTRA[target]}", or leave {target} out of export.targets.'
+        hint = f'pip install "qyolo_deploy[build]", or leave {target} out of export.targets.'
         try:
             version = importlib.metadata.version(target)
         except importlib.metadata.PackageNotFoundError as error:

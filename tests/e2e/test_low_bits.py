@@ -37,6 +37,7 @@ def test_every_method_together_trains_a_model_that_the_engines_hold(tiny_build, 
     assert "Oscillations" in (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "operator"), [("hardswish", "HardSwish"), ("relu", "Relu")])
 def test_a_swapped_activation_is_in_the_engine_and_not_in_the_float_baseline(
     activation, operator, tiny_build, qyolo, tmp_path

@@ -259,6 +259,7 @@ def test_ultralytics_has_no_anchor_models():
     assert refused == ["ultralytics-int8-onnx", "ultralytics-int8-openvino"]
 
 
+@pytest.mark.slow
 def test_peers_are_made_once_and_failures_are_rows(float_weights, monkeypatch):
     chosen = (Peer("ort-quantize-static", "onnxruntime", (), "why"), Peer("no-such", "openvino"))
     monkeypatch.setattr(peers_module, "PEERS", chosen)
@@ -302,6 +303,7 @@ def test_own_engines_are_found_without_the_float_one(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_scheme_is_built_and_measured(qyolo, scenes, tmp_path):
     outcome = qyolo(
         *("bench", "engines", "--schemes", "w4a4", "--weights", "builtin:quickstart", "--data", scenes, *FAST),

@@ -152,6 +152,7 @@ def test_packed_weights_run_in_integers_and_give_the_same(engines, images, quant
     np.testing.assert_array_equal(outputs(engines["int4"], images), outputs(engines["int8"], images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "container"), [(3, "u3"), (2, "u2")])
 def test_narrower_grids_have_narrower_containers(float_model, pico, make_prepared, images, width, container, tmp_path):
     quantized = freeze(make_prepared(pico, QuantScheme(QuantSpec(width), QuantSpec(8, signed=False))), {})
@@ -191,6 +192,7 @@ def plain_and_passed(model, quantized, left_out, passes, folder):
     return write(qdq, folder / "plain"), write(qdq, folder / "passed", passes)
 
 
+@pytest.mark.slow
 def test_the_official_network_is_convolutions_and_copies(official, make_prepared, photographs, tmp_path):
     """Nothing is computed between the image and the decode but fused kernels in 8 bits."""
     detector, quantized, model = official
@@ -243,6 +245,7 @@ def test_grids_of_few_bits_stay(float_model, pico, make_prepared, images, tmp_pa
     assert_near(outputs(passed, images), outputs(plain, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pico", "yolov5"])
 def test_raw_maps_keep_names_order_and_open_shapes(make_detector, make_prepared, images, kind, tmp_path):
     detector = make_detector(kind)

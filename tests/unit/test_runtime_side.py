@@ -129,7 +129,7 @@ def test_a_finished_build_is_known_to_be_finished(light_qyolo, tiny_copy):
 
 
 def test_a_build_names_the_missing_package_and_how_to_get_it(light_qyolo, tiny_build, tmp_path):
-    process = light_qyolo(*tiny_build.arguments(), "--out", tmp_path, "--json")
+    process = light_qyolo(*tiny_build.arguments("export.targets=[onnxruntime]"), "--out", tmp_path, "--json")
     assert process.returncode == 3
     assert "error: stage float: the package 'torch' is not installed\n" in process.stderr
     assert last_json(process)["hint"] == 'pip install "qyolo_deploy[build]"'
