@@ -36,6 +36,30 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise InputError(_explain(path, error, settings)) from error
 
 
+def read_mapping(path: Path, kind: str, hint: str | None = None) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: The file.
+        kind: What it is called where it is missing.
+        hint: What to do then.
+
+    Raises:
+        InputError: It is missing, not readable, not YAML, or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such {kind}", hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
+    return data
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, for editors: what extends another one may leave out what that one has."""
     schema = Recipe.model_json_schema()
@@ -51,16 +75,7 @@ def recipe_schema() -> dict[str, Any]:
 def _read_merged(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise InputError(f"{path}: extends itself")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such recipe", hint="`qyolo recipe list` shows those of a folder.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of sections, found {type(data).__name__}")
+    data = read_mapping(path, "recipe", "`qyolo recipe list` shows those of a folder.")
     base = data.pop("extends", None)
     if base is None:
         return data

@@ -1,13 +1,13 @@
 """Finding a calibration subset's images in a data set, and proof that they are the recorded ones."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from qyolo_deploy.console import Tick
 from qyolo_deploy.data.calibration import CalibrationImage, CalibrationSet, Generator
-from qyolo_deploy.data.dataset import digest_images
+from qyolo_deploy.data.dataset import digest_images, take_images
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.data.synthetic import PARAMETERS_FILE
 from qyolo_deploy.errors import InputError, IntegrityError
@@ -114,22 +114,6 @@ def find_generator(dataset: DetectionDataset) -> Generator | None:
         return Generator(version=recorded["version"], seed=recorded["seed"], imgsz=recorded["imgsz"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def take_images(dataset: DetectionDataset, indices: Sequence[int]) -> DetectionDataset:
-    """A split with these of its images only, in this order."""
-    images = tuple(dataset.images[index] for index in indices)
-    ids = {image.image_id for image in images}
-    truth = dict(dataset.ground_truth)
-    for key, id_key in (("images", "id"), ("annotations", "image_id")):
-        truth[key] = [entry for entry in truth[key] if entry[id_key] in ids]
-    return replace(
-        dataset,
-        images=images,
-        boxes=tuple(dataset.boxes[index] for index in indices),
-        classes=tuple(dataset.classes[index] for index in indices),
-        ground_truth=truth,
-    )
 
 
 def refuse_validation_images(

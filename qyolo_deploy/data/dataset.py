@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ __all__ = [
     "find_input",
     "image_names",
     "load_dataset",
+    "take_images",
 ]
 
 _THREADS = min(os.cpu_count() or 1, 16)
@@ -126,6 +128,22 @@ def _check_image(record: ImageRecord) -> None:
     if (width, height) != (record.width, record.height):
         annotated = f"{record.width} x {record.height}"
         raise InputError(f"{record.path}: the image is {width} x {height} px, but annotated as {annotated}")
+
+
+def take_images(dataset: DetectionDataset, indices: Sequence[int]) -> DetectionDataset:
+    """A split with these of its images only, in this order."""
+    images = tuple(dataset.images[index] for index in indices)
+    ids = {image.image_id for image in images}
+    truth = dict(dataset.ground_truth)
+    for key, id_key in (("images", "id"), ("annotations", "image_id")):
+        truth[key] = [entry for entry in truth[key] if entry[id_key] in ids]
+    return replace(
+        dataset,
+        images=images,
+        boxes=tuple(dataset.boxes[index] for index in indices),
+        classes=tuple(dataset.classes[index] for index in indices),
+        ground_truth=truth,
+    )
 
 
 def image_names(dataset: DetectionDataset) -> list[str]:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.recipe import Positive, Recipe, Section
-from qyolo_deploy.recipe_file import load_recipe
+from qyolo_deploy.recipe_file import load_recipe, read_mapping
+from qyolo_deploy.strict import validation_message
 
 _SEED_KEYS = ("train.seed", "correct.seed")  # the float model is the same for all
 # A cell is a measurement, not a product.
@@ -130,20 +130,9 @@ def load_matrix(path: Path) -> Matrix:
         InputError: One sentence that names the file, the key and what was expected.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such matrix") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
-    try:
-        return Matrix.model_validate(data)
+        return Matrix.model_validate(read_mapping(path, "matrix"))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{path}: {key}: {message}" if key else f"{path}: {message}") from error
+        raise InputError(f"{path}: {validation_message(error)}") from error
 
 
 def cells_of(

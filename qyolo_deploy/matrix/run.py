@@ -2,21 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
 from qyolo_deploy.atomic import write_atomic
-from qyolo_deploy.console import Reporter
+from qyolo_deploy.console import Reporter, Tick
 from qyolo_deploy.errors import QyoloError
 from qyolo_deploy.matrix.plan import Cell, cells_of, load_matrix
 from qyolo_deploy.matrix.results import CellResult, MatrixResult
 from qyolo_deploy.matrix.table import write_csv, write_markdown, write_plot
 from qyolo_deploy.pipeline import BuildResult, build
-
-Progress = Callable[[int, int, str], None]
 
 
 def run_matrix(
@@ -27,7 +25,7 @@ def run_matrix(
     budget: str | None = None,
     settings: Sequence[str] = (),
     jobs: int = 1,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> MatrixResult:
     """Builds every cell up to its validation and writes table, CSV and plot.
 

@@ -30,10 +30,9 @@ from qyolo_deploy.data.calibration_check import (
     find_generator,
     refuse_validation_images,
     select_images,
-    take_images,
 )
 from qyolo_deploy.data.calibration_choice import balance, count_objects, seeded_order, spread
-from qyolo_deploy.data.dataset import check_images, digest_images, find_input, image_names, load_dataset
+from qyolo_deploy.data.dataset import check_images, digest_images, find_input, image_names, load_dataset, take_images
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 from qyolo_deploy.stages.context import BUILTIN, builtin_weights

@@ -165,6 +165,8 @@ def _notes(context: StageContext) -> list[str]:
         notes.append(f"In float: {', '.join(train['float_layers'])}.")
     if "openvino" in context.recipe.export.targets and train["inner"]:
         notes.append(_inner_note(context, frozenset(train["inner"])))
+    if requantized := context.artifacts["correct"].info.get("requantized_channels"):
+        notes.append(f"Correction left {requantized} channels so faint that their weights needed a coarser grid.")
     for target, ways in context.artifacts["export"].info["low_bit_activations"].items():
         if ways:
             notes.append(

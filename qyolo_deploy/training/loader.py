@@ -1,8 +1,7 @@
 """Batches of augmented training images, the same for the same seed and epoch."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qyolo_deploy.data.dataset import DetectionDataset
+from qyolo_deploy.data.dataset import DetectionDataset, take_images
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.errors import InputError
@@ -51,15 +50,6 @@ def training_images(dataset: DetectionDataset, imgsz: int, augment: AugmentSecti
         augment=augment is not None,
         hyp=get_cfg(overrides=overrides),
         data={"names": dict(enumerate(dataset.class_names)), "channels": 3},
-    )
-
-
-def _subset(dataset: DetectionDataset, indices: Sequence[int]) -> DetectionDataset:
-    return replace(
-        dataset,
-        images=tuple(dataset.images[index] for index in indices),
-        boxes=tuple(dataset.boxes[index] for index in indices),
-        classes=tuple(dataset.classes[index] for index in indices),
     )
 
 
@@ -125,7 +115,7 @@ class Loader:
     ) -> None:
         chosen = sorted(np.random.default_rng(seed).permutation(len(dataset))[:images].tolist())
         labeled = sum(index < (len(dataset) if dataset.labeled is None else dataset.labeled) for index in chosen)
-        self._data: Any = training_images(_subset(dataset, chosen), imgsz, augment)
+        self._data: Any = training_images(take_images(dataset, chosen), imgsz, augment)
         for mosaic in self._mosaics():
             # Partners out of what was read last would depend on the past.
             mosaic.buffer_enabled = False

@@ -83,7 +83,7 @@ def test_images_and_boxes_lie_where_the_letterbox_puts_them(tmp_path):
         images=tuple(records),
         boxes=tuple(np.array(part, np.float32) for part in boxes),
         classes=(np.array([1, 0]), np.array([1])),
-        ground_truth={},
+        ground_truth={"images": [], "annotations": []},
         annotation_file=None,
     )
     loader = Loader(dataset, imgsz=IMGSZ, batch=2, augment=None, images=None, workers=0, seed=0)

@@ -1,6 +1,7 @@
 import csv
 import json
 import statistics
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -12,6 +13,8 @@ from qyolo_deploy.matrix.results import CellResult, MatrixResult
 from qyolo_deploy.matrix.run import run_matrix
 from qyolo_deploy.matrix.table import caption, table, write_csv, write_plot
 
+PAPER = Path(__file__).parent.parent.parent / "recipes" / "paper"
+SHIPPED = [path for path in sorted(PAPER.glob("*.yaml")) if "\nrows:" in path.read_text()]
 RECIPE = {"name": "plain", "model": {"weights": "builtin:quickstart", "imgsz": 32}, "data": {"source": "synthetic"}}
 MATRIX = {
     "name": "table",
@@ -74,8 +77,8 @@ def test_cells_share_what_they_have_in_common(write):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": []}, "rows: "),
-        ({"colums": []}, "colums: "),
+        ({"rows": []}, "'rows': "),
+        ({"colums": []}, "'colums': "),
         ({"rows": [{"name": "a"}, {"name": "a"}]}, "rows: expected every name once"),
         ({"published": {"LSQ": {"5 bits": 1.0}}}, "published.LSQ: expected names of rows and columns"),
         ({"set": {"train.fly": 1}}, "train.fly: unknown key"),
@@ -92,6 +95,15 @@ def test_bad_files_are_refused_before_any_work(write, tmp_path, changes, message
 def test_an_unknown_budget_is_refused(write):
     with pytest.raises(InputError, match="budgets: expected one of minutes, found 'hours'"):
         cells(write(), "hours")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_matrices_have_usable_cells(path):
+    matrix = load_matrix(path)
+    for budget in (None, *matrix.budgets):
+        found = cells(path, budget, seeds=1)
+        assert len(found) == len(matrix.rows) * len(matrix.columns)
+        assert len({cell.folder for cell in found}) == len(found)
 
 
 @pytest.mark.parametrize("text", ["rows: [", "- a", None])

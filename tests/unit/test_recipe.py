@@ -247,8 +247,8 @@ def test_gates_that_could_never_be_checked_are_refused_before_any_work(change, w
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("- a\n", "expected a mapping of sections, found list"),
-        ("", "expected a mapping of sections, found NoneType"),
+        ("- a\n", "expected a mapping of keys, found list"),
+        ("", "expected a mapping of keys, found NoneType"),
         ("name: [", "not valid YAML"),
         ("name: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
