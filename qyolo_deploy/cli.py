@@ -35,6 +35,7 @@ app.add_typer(demo_app, name="demo")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_calibration.app, name="calibration")
 
+Device = Annotated[str, typer.Option(help="What training computes on: auto, cpu, cuda or cuda:<index>.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3", metavar="KEY=VALUE")
 ]
@@ -88,6 +89,7 @@ def build(
     out: Annotated[Path, typer.Option(help="Folder under which <recipe name>/ is made.")] = Path("runs"),
     until: Annotated[str | None, typer.Option(help="Last stage to run.")] = None,
     force: Annotated[str | None, typer.Option(help="Stage to run although it is up to date.")] = None,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -96,7 +98,7 @@ def build(
 
     if is_follower := os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun; the first one talks
         quiet = True
-    result = run_build(recipe, settings or (), data, out, until, force, Reporter(quiet))
+    result = run_build(recipe, settings or (), data, out, until, force, Reporter(quiet), device=device)
     if not quiet:
         _print_build(result.to_json())
     if as_json and not is_follower:
@@ -149,6 +151,7 @@ def matrix(
     seeds: Annotated[int | None, typer.Option(min=1, help="Builds of each cell.")] = None,
     budget: Annotated[str | None, typer.Option(help="One of the file's shorter ways through.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, with a share of the cores each.")] = 1,
+    device: Device = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -157,7 +160,7 @@ def matrix(
     from qyolo_deploy.matrix.table import caption, table
 
     with Reporter(quiet).progress("cells") as tick:
-        result = run_matrix(file, data, out, seeds, budget, settings or (), jobs, tick)
+        result = run_matrix(file, data, out, seeds, budget, settings or (), jobs, device, tick)
     if not quiet:
         head, rows = table(result)
         shown = make_table(*head)

@@ -4,6 +4,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, buil
 _RECORDS = ".stages"
 # Another version of these may give another engine or another number from the same engine.
 _RUNTIMES = ("onnxruntime", "openvino")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BEFORE_ENGINES = ("data", "float", "train", "correct")
 
 
@@ -124,6 +126,7 @@ def build(
     force: str | None = None,
     reporter: Reporter | None = None,
     share: Path | None = None,
+    device: str = "auto",
 ) -> BuildResult:
     """Runs a recipe from its data to its release, as far as it is not done yet.
 
@@ -137,6 +140,8 @@ def build(
         reporter: Where progress goes; by default nowhere.
         share: Folder of builds (`<share>/*/<recipe name>/`) whose finished stages are taken over instead of run
             where nothing that decides them differs.
+        device: What training computes on: auto (a GPU where there is one), cpu, cuda or cuda:<index>. It decides no
+            stage's key: what was trained on one device is up to date on another.
 
     Returns:
         What was run and measured. A gate that failed is told by `passed`; there is no release then.
@@ -148,13 +153,15 @@ def build(
     for argument, value in (("until", until), ("force", force)):
         if value is not None and value not in [stage.name for stage in STAGES]:
             raise InputError(f"--{argument} {value}: expected one of {', '.join(stage.name for stage in STAGES)}")
+    if not _DEVICE.fullmatch(device):
+        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:<index>")
     loaded = load_recipe(Path(recipe), settings)
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if rank:
         importlib.import_module("qyolo_deploy.stages.follow").follow()
         return BuildResult(Path(out) / loaded.name, (), (), (), ())
     try:
-        return _build_first(loaded, Path(recipe), data, Path(out), until, force, reporter, share)
+        return _build_first(loaded, Path(recipe), data, Path(out), until, force, reporter, share, device)
     finally:
         if world > 1:
             importlib.import_module("qyolo_deploy.stages.follow").dismiss_others()
@@ -169,6 +176,7 @@ def _build_first(
     force: str | None,
     reporter: Reporter | None,
     share: Path | None,
+    device: str,
 ) -> BuildResult:
     """The build itself, which of several processes the first one does."""
     plan = _Plan(loaded, recipe, data)
@@ -176,7 +184,7 @@ def _build_first(
         check_targets(loaded.export.targets)
     folder = out / loaded.name
     with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
-        return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share).run(until, force)
+        return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share, device).run(until, force)
 
 
 class _Plan:
@@ -231,9 +239,16 @@ class _Build:
     """One build in its folder."""
 
     def __init__(
-        self, plan: _Plan, folder: Path, reporter: Reporter, digests: DigestCache, share: Path | None = None
+        self,
+        plan: _Plan,
+        folder: Path,
+        reporter: Reporter,
+        digests: DigestCache,
+        share: Path | None,
+        device: str,
     ) -> None:
         self._plan, self._folder, self._reporter, self._digests = plan, folder, reporter, digests
+        self._device = device
         self._others = [] if share is None else sorted(share.glob(f"*/{plan.recipe.name}"))
         self._artifacts: dict[str, Artifact] = {}
         self._ran: list[str] = []
@@ -325,6 +340,7 @@ class _Build:
                 architecture=self._plan.architecture,
                 artifacts=self._artifacts,
                 reporter=self._reporter,
+                device=self._device,
             )
         )
         artifact = Artifact.of_files(

@@ -98,9 +98,9 @@ class GradientRules:
     margin: float = 0.0
     latent_damping: float = 0.0
 
-    def reach(self) -> Tensor:
+    def reach(self, device: torch.device) -> Tensor:
         """The margin as the distance to a level at which a value still counts, float32 `[]`."""
-        return torch.tensor(0.5 - self.margin)
+        return torch.tensor(0.5 - self.margin, device=device)
 
     def scale_factor(self, features: int, spec: QuantSpec) -> float:
         """Factor of the gradient to scale and offset; `features` are weights, or those of one image."""
@@ -130,7 +130,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, scale, low, high, zero_point = ctx.saved_tensors
         arguments = (tensor.detach() for tensor in (grad.contiguous(), x, scale, low, high))
-        to_x, to_scale, to_offset = kernel(_backward)(*arguments, ctx.rules.reach())
+        to_x, to_scale, to_offset = kernel(_backward)(*arguments, ctx.rules.reach(x.device))
         if ctx.rules.latent_damping:
             ratio = x / scale
             to_x = to_x * torch.exp(-ctx.rules.latent_damping * (torch.round(ratio) - ratio).abs())

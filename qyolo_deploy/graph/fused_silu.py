@@ -58,7 +58,7 @@ class _FusedSilu(torch.autograd.Function):
         x, *flat = ctx.saved_tensors
         arguments = []
         for index, (rules, _) in enumerate(ctx.rules):
-            arguments += [*flat[3 * index : 3 * index + 3], rules.reach()]
+            arguments += [*flat[3 * index : 3 * index + 3], rules.reach(x.device)]
         to_x, *sums = kernel(_gradients)(grad.contiguous().flatten(), x.detach().flatten(), *arguments)
         features = x[0].numel()
         found: list[Tensor] = []

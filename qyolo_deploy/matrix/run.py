@@ -25,6 +25,7 @@ def run_matrix(
     budget: str | None = None,
     settings: Sequence[str] = (),
     jobs: int = 1,
+    device: str = "auto",
     progress: Tick | None = None,
 ) -> MatrixResult:
     """Builds every cell up to its validation and writes table, CSV and plot.
@@ -37,6 +38,7 @@ def run_matrix(
         budget: One of the file's budgets.
         settings: `key.path=value` for all cells.
         jobs: Cells at a time, each in a process with its share of the cores.
+        device: What training computes on, as `build` takes it.
         progress: Called with cells done, in total and the last one's name.
 
     Raises:
@@ -46,7 +48,7 @@ def run_matrix(
     matrix = load_matrix(path)
     cells = cells_of(matrix, path, budget, seeds, tuple(settings))
     folder = Path(out) / (matrix.name if budget is None else f"{matrix.name}-{budget}")
-    builds = _Builds(path.parent / matrix.recipe, folder / "cells", data, matrix.metric)
+    builds = _Builds(path.parent / matrix.recipe, folder / "cells", data, matrix.metric, device)
     # What all cells need is made first, and what is wrong with it ends the matrix.
     for start in {cell.float_key: cell for cell in reversed(cells)}.values():
         builds.build(start, until="float")
@@ -77,10 +79,20 @@ class _Builds:
     folder: Path
     data: str | None
     metric: str
+    device: str
 
     def build(self, cell: Cell, until: str) -> BuildResult:
         own, quiet = self.folder / cell.folder, Reporter(quiet=True)
-        return build(self.recipe, cell.settings, self.data, own, until=until, reporter=quiet, share=self.folder)
+        return build(
+            self.recipe,
+            cell.settings,
+            self.data,
+            own,
+            until=until,
+            reporter=quiet,
+            share=self.folder,
+            device=self.device,
+        )
 
     def measure(self, cell: Cell) -> CellResult:
         """Builds a cell; an error is its result, so that the others go on."""

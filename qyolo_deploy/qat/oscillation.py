@@ -54,11 +54,12 @@ class OscillationTracker(nn.Module):
     mean: Tensor
     frozen: Tensor
     frozen_integer: Tensor
+    _momentum: Tensor
 
     def __init__(self, model: PreparedModel, momentum: float) -> None:
         super().__init__()
         self.layers = tuple(_slices(model))
-        self._momentum = torch.tensor(momentum)
+        self.register_buffer("_momentum", torch.tensor(momentum), persistent=False)
         count = self.layers[-1].end if self.layers else 0
         integer = self._integers()
         self.register_buffer("integer", integer)

@@ -20,6 +20,7 @@ from qyolo_deploy.qat.hooks import QatHooks
 from qyolo_deploy.qat.norms import reestimate, use_batch_statistics
 from qyolo_deploy.recipe import Recipe
 from qyolo_deploy.training import distributed
+from qyolo_deploy.training.device import CPU, placed
 from qyolo_deploy.training.loader import Loader, calibration_batches
 from qyolo_deploy.training.loop import ParameterGroup, Progress, Schedule, fit
 from qyolo_deploy.training.losses import detections_loss, make_step
@@ -49,6 +50,7 @@ def train_qat(
     key: str,
     calibration: DetectionDataset | None = None,
     evaluate: Callable[[PreparedModel, Detector], float] | None = None,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> QatResult:
     """Calibrates and trains a fake-quantized copy of a detector.
@@ -64,6 +66,7 @@ def train_qat(
         key: Digest of everything that decides the result.
         calibration: Images that set the first scales; by default those of `dataset`.
         evaluate: mAP of a model; needed for early stopping.
+        device: Where it trains; everything before and after happens on the processor.
         progress: Called after each batch.
 
     Raises:
@@ -86,19 +89,20 @@ def train_qat(
         return evaluate(model, detector)
 
     _set_rules(model, recipe)
-    trained = fit(
-        model,
-        make_step(model, detector, section.loss),
-        parameter_groups(model, recipe),
-        loader,
-        Schedule.of(section),
-        checkpoint=checkpoint,
-        key=key,
-        set_mode=set_mode,
-        hooks=hooks,
-        evaluate=measure,
-        progress=progress,
-    )
+    with placed(device, model, detector):
+        trained = fit(
+            model,
+            make_step(model, detector, section.loss),
+            parameter_groups(model, recipe),
+            loader,
+            Schedule.of(section),
+            checkpoint=checkpoint,
+            key=key,
+            set_mode=set_mode,
+            hooks=hooks,
+            evaluate=measure,
+            progress=progress,
+        )
     use_batch_statistics(model, None)
     averaged = {name: value.clone() for name, value in trained.ema.items()}
     diagnostics = Diagnostics.of(model, hooks)

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from qyolo_deploy.data.dataset import DetectionDataset
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.recipe import LossSection, Recipe
+from qyolo_deploy.training.device import CPU, placed
 from qyolo_deploy.training.loader import Loader
 from qyolo_deploy.training.loop import ParameterGroup, Progress, Schedule, fit
 from qyolo_deploy.training.losses import make_step
@@ -20,6 +22,7 @@ def train_float(
     *,
     checkpoint: Path,
     key: str,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """Trains a detector on its own detection loss and leaves the EMA state in it.
@@ -30,6 +33,7 @@ def train_float(
         recipe: Sections model and float.
         checkpoint: Resumable state, written after each epoch.
         key: Digest of everything that decides the result.
+        device: Where it trains.
         progress: Called after each batch.
 
     Returns:
@@ -37,17 +41,18 @@ def train_float(
     """
     section = recipe.float
     core = detector.core
-    trained = fit(
-        core,
-        make_step(core, detector, LossSection(labels=1.0, logits=0.0, detections=0.0)),
-        parameter_groups(core, section.lr, section.weight_decay),
-        Loader.of(dataset, section, recipe.model.imgsz),
-        Schedule.of(section),
-        checkpoint=checkpoint,
-        key=key,
-        set_mode=core.train,
-        progress=progress,
-    )
+    with placed(device, detector):
+        trained = fit(
+            core,
+            make_step(core, detector, LossSection(labels=1.0, logits=0.0, detections=0.0)),
+            parameter_groups(core, section.lr, section.weight_decay),
+            Loader.of(dataset, section, recipe.model.imgsz),
+            Schedule.of(section),
+            checkpoint=checkpoint,
+            key=key,
+            set_mode=core.train,
+            progress=progress,
+        )
     core.load_state_dict(trained.ema)
     core.eval()
     return trained.history

@@ -11,6 +11,7 @@ from qyolo_deploy.graph.layers import QuantConv
 from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.recipe import CorrectSection, Recipe
+from qyolo_deploy.training.device import CPU, placed
 from qyolo_deploy.training.loader import Loader
 from qyolo_deploy.training.loop import ParameterGroup, Progress, Schedule, fit
 from qyolo_deploy.training.losses import make_step
@@ -24,6 +25,7 @@ def correct(
     *,
     checkpoint: Path,
     key: str,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], ...]:
     """Learns `gain * h + shift` behind every quantized convolution, all else fixed.
@@ -39,6 +41,7 @@ def correct(
         recipe: Sections model and correct.
         checkpoint: Resumable state.
         key: Digest of everything that decides the result.
+        device: Where it learns.
         progress: Called after each batch.
 
     Returns:
@@ -55,17 +58,18 @@ def correct(
         seed=section.seed,
     )
     schedule = Schedule(epochs=section.epochs, warmup_epochs=0.0, final_lr=0.01, ema_decay=0.0, optimizer="adam")
-    trained = fit(
-        model,
-        make_step(model, detector, section.loss),
-        [ParameterGroup(corrections(model, section), section.lr)],
-        loader,
-        schedule,
-        checkpoint=checkpoint,
-        key=key,
-        set_mode=model.eval,
-        progress=progress,
-    )
+    with placed(device, model, detector):
+        trained = fit(
+            model,
+            make_step(model, detector, section.loss),
+            [ParameterGroup(corrections(model, section), section.lr)],
+            loader,
+            schedule,
+            checkpoint=checkpoint,
+            key=key,
+            set_mode=model.eval,
+            progress=progress,
+        )
     return trained.history
 
 

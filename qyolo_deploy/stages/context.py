@@ -32,6 +32,7 @@ class StageContext:
         architecture: Name or path of the architecture; None takes the checkpoint's.
         artifacts: What the stages before it left, by stage.
         reporter: Where progress goes.
+        device: Name of what training computes on, as `training_device` takes it.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class StageContext:
     architecture: str | None
     artifacts: Mapping[str, Artifact]
     reporter: Reporter
+    device: str = "cpu"
 
     @property
     def dataset(self) -> Path:

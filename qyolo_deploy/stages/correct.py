@@ -14,6 +14,7 @@ from qyolo_deploy.qat.train import student
 from qyolo_deploy.qc.correct import correct
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.training.device import training_device
 from qyolo_deploy.training.state import load_tensors
 
 
@@ -36,6 +37,7 @@ def run(context: StageContext) -> StageOutput:
             context.recipe,
             checkpoint=folder / "checkpoint.safetensors",
             key=context.key,
+            device=training_device(context.device),
             progress=tick,
         )
     after = freeze(model, context.lineage())

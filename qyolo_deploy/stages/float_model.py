@@ -19,6 +19,7 @@ def run(context: StageContext) -> StageOutput:
     history: tuple[dict[str, object], ...] = ()
     if recipe.float.epochs:
         from qyolo_deploy.qat.train_float import train_float
+        from qyolo_deploy.training.device import training_device
 
         folder.mkdir(exist_ok=True)
         with context.reporter.progress("float training") as tick:
@@ -28,6 +29,7 @@ def run(context: StageContext) -> StageOutput:
                 recipe,
                 checkpoint=folder / "checkpoint.safetensors",
                 key=context.key,
+                device=training_device(context.device),
                 progress=tick,
             )
     else:

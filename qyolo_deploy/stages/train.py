@@ -10,6 +10,7 @@ from qyolo_deploy.qat.train import QatResult, train_qat
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.follow import call_others
 from qyolo_deploy.stages.views import TorchRunner, eval_settings
+from qyolo_deploy.training.device import training_device
 from qyolo_deploy.training.state import save_tensors
 from qyolo_deploy.validate.evaluate import evaluate
 
@@ -17,6 +18,7 @@ from qyolo_deploy.validate.evaluate import evaluate
 def join(context: StageContext) -> QatResult:
     """The training itself, in which all processes of a distributed build take part."""
     detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
+    device = training_device(context.device)
     with context.reporter.progress("training") as tick:
         return train_qat(
             detector,
@@ -27,11 +29,12 @@ def join(context: StageContext) -> QatResult:
             calibration=context.calibration_data(),
             evaluate=lambda model, teacher: (
                 evaluate(
-                    TorchRunner(lambda images: teacher.decode(model(images))),
+                    TorchRunner(lambda images: teacher.decode(model(images.to(device))).cpu()),
                     load_dataset(context.dataset, "val"),
                     eval_settings(context.recipe),
                 )[0].map50_95
             ),
+            device=device,
             progress=tick,
         )
 

@@ -28,7 +28,8 @@ def connect() -> bool:
     if shard()[1] == 1:
         return False
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
     return True
 
 

@@ -100,7 +100,7 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run leaves: the EMA state and one record an epoch; the model itself holds the raw state."""
+    """What a run leaves: the EMA state, on the processor, and one record an epoch; the model holds the raw state."""
 
     ema: dict[str, Tensor]
     history: tuple[dict[str, Any], ...]
@@ -114,6 +114,7 @@ class _Run:
     ) -> None:
         self.model, self.hooks, self.schedule, self.steps = model, hooks, schedule, steps
         self.optimizer = schedule.make_optimizer(groups)
+        self.device = next(model.parameters()).device
         self.rates = [group.lr for group in groups]
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         self.ema = Ema(model, schedule.ema_decay, min(_EMA_WARMUP_STEPS, max(1.0, schedule.epochs * steps / 5)))
@@ -137,7 +138,8 @@ class _Run:
             return
         tensors, info = found
         self.model.load_state_dict(_part(tensors, "raw/"))
-        self.ema.shadow = _part(tensors, "ema/")
+        for name, value in _part(tensors, "ema/").items():
+            self.ema.shadow[name].copy_(value)
         self.ema.steps = info["ema_steps"]
         self.best = _part(tensors, "best/")
         self.hooks.restore(_part(tensors, "hooks/"))
@@ -183,7 +185,7 @@ def fit(
     """Trains, going on from the checkpoint of an interrupted run with the same key.
 
     Args:
-        model: What learns; holds the raw state afterwards.
+        model: What learns, on the device that it learns on; holds the raw state afterwards.
         step: Loss of a batch, a mean over its images.
         groups: Parameters and learning rates.
         loader: Batches; in a distributed run this process's part of each.
@@ -215,7 +217,8 @@ def fit(
         if distributed.is_first():
             run.save(checkpoint, key)
         distributed.wait_for_all()
-    return Trained(run.best or run.ema.shadow, tuple(run.history))
+    averaged = {name: value.cpu() for name, value in (run.best or run.ema.shadow).items()}
+    return Trained(averaged, tuple(run.history))
 
 
 def _epoch(run: _Run, step: Step, loader: Loader, epoch: int, progress: Progress | None) -> dict[str, Any]:
@@ -250,9 +253,10 @@ def _epoch(run: _Run, step: Step, loader: Loader, epoch: int, progress: Progress
 def _step(run: _Run, step: Step, batch: Batch, done: int) -> tuple[float, dict[str, float]] | None:
     """One optimizer step; None, and nothing is changed, where loss or gradients are not finite."""
     factor, progress = run.schedule.factor(done, run.steps), run.progress(done)
+    batch = {name: value.to(run.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     for group, rate in zip(run.optimizer.param_groups, run.rates, strict=True):
         group["lr"] = rate * factor
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.schedule.precision == "bfloat16"):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.schedule.precision == "bfloat16"):
         loss, items = step(batch)
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]

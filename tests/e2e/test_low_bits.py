@@ -4,6 +4,7 @@ import json
 
 import onnx
 import pytest
+import torch
 
 GATES = '[{view: onnxruntime, metric: map50_95, op: ">=", bound: -0.001, relative_to: fake_quantized}]'
 EVERYTHING = (
@@ -35,6 +36,12 @@ def test_every_method_together_trains_a_model_that_the_engines_hold(tiny_build, 
     notes = " ".join(report["quantization"]["notes"])
     assert "onnxruntime: of the activations of fewer than 8 bits" in notes and "dB SQNR" in notes
     assert "Oscillations" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_what_the_engines_hold(tiny_build, qyolo, tmp_path):
+    outcome = qyolo(*tiny_build.arguments(*EVERYTHING, f"gates={GATES}"), "--out", tmp_path, "--device", "cuda")
+    assert outcome.code == 0, outcome.stderr
 
 
 @pytest.mark.slow
