@@ -56,7 +56,7 @@ class Stage:
 STAGES = (
     Stage("data", 1, "data", ("data",)),
     Stage("float", 1, "float_model", ("model", "float"), ("data",)),
-    Stage("train", 5, "train", ("model", "data", "quantization", "train"), ("data", "float")),
+    Stage("train", 6, "train", ("model", "data", "quantization", "train"), ("data", "float")),
     Stage("correct", 3, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",

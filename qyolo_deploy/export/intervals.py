@@ -136,7 +136,8 @@ def _silu(source: ir.Value, mul: ir.Node, raw: Mapping[str, Interval], grids: Ma
 
 def _silu_values(x: NDArray[np.float32], gate_grid: QParams | None) -> NDArray[np.float32]:
     """`x * sigmoid(x)` with the sigmoid rounded; at a tie both of its codes."""
-    sigmoid = (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
+    with np.errstate(over="ignore"):  # whose sigmoid is the 0 that it should be
+        sigmoid = (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
     if gate_grid is None:
         return x * sigmoid
     step = np.float32(MARGIN) * gate_grid.scale

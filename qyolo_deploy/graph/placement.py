@@ -8,14 +8,14 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
-from qyolo_deploy.graph.ops import Add, Concat, Mul
+from qyolo_deploy.graph.ops import Add, Concat, Mul, Rearrange, only_repeats
 from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
 
 INNER_BITS = 8
-_REPEATING_MODULES = (nn.MaxPool2d, nn.Upsample, Concat)
-_REPEATING_CALLS = {"chunk", "split", "contiguous", "getitem"}
+_REPEATING_MODULES = (nn.MaxPool2d, nn.Upsample, Concat, Rearrange)
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,11 @@ class _Network:
     def repeats(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.module(node), _REPEATING_MODULES)
-        name = "getitem" if node.target is operator.getitem else getattr(node.target, "__name__", node.target)
-        return name in _REPEATING_CALLS and isinstance(node.args[0], fx.Node) and self._splits_tensor(node)
+        return only_repeats(node)
 
-    def _splits_tensor(self, node: fx.Node) -> bool:
-        """A getitem repeats a tensor only where it takes one part of a split one, not of a shape."""
-        return node.target is not operator.getitem or self.repeats(node.args[0])  # type: ignore[arg-type]
+    def repeated(self, node: fx.Node) -> list[fx.Node]:
+        """Tensors whose values a repeating node gives; what else it reads are sizes."""
+        return node.all_input_nodes if isinstance(self.module(node), Concat) else node.all_input_nodes[:1]
 
     def is_named(self, node: fx.Node) -> bool:
         return node.op in ("call_module", "placeholder")
@@ -165,7 +164,7 @@ def _join_repeats(network: _Network) -> _Groups:
     groups = _Groups(network.nodes)
     for node in network.nodes:
         if network.repeats(node):
-            for source in node.all_input_nodes:
+            for source in network.repeated(node):
                 groups.join(node, source)
     return groups
 
@@ -205,8 +204,12 @@ def _input_of(network: _Network, groups: _Groups, name: str) -> str:
 
 
 def _group_bits(network: _Network, groups: _Groups, layers: Mapping[str, LayerScheme]) -> dict[str, int]:
-    """Bits of each group that a convolution reads: the highest that one of its readers asks for."""
-    bits: dict[str, int] = {}
+    """Bits of each group that a convolution reads: the highest that one of its readers asks for.
+
+    What attention reads keeps 8 bits, whatever a convolution beside it asks for: its products stay float.
+    """
+    attended = {groups.find(source) for node in network.nodes if _is_product(node) for source in node.all_input_nodes}
+    bits = {str(network.owner(root).target): INNER_BITS for root in attended}
     for conv in network.convs():
         layer = layers.get(str(conv.target))
         if layer is None or layer.activation_bits is None:
@@ -214,6 +217,11 @@ def _group_bits(network: _Network, groups: _Groups, layers: Mapping[str, LayerSc
         group = str(network.owner(groups.find(conv.args[0])).target)  # type: ignore[arg-type]
         bits[group] = max(bits.get(group, 0), layer.activation_bits)
     return bits
+
+
+def _is_product(node: fx.Node) -> bool:
+    """A product by a plain function; that of SiLU is a module."""
+    return node.op == "call_function" and node.target in (operator.mul, operator.matmul, torch.matmul)
 
 
 def _activation_spec(scheme: QuantScheme, bits: int) -> QuantSpec:

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from qyolo_deploy.graph.layers import convolution_like
 from qyolo_deploy.graph.logistic import logistic
-from qyolo_deploy.graph.ops import Add, Mul
+from qyolo_deploy.graph.ops import Add, Mul, only_repeats
 from qyolo_deploy.graph.trace import trace
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
@@ -51,7 +51,7 @@ class IntegerConv(nn.Module):
         conv: The geometry.
         layer: Integers and weight scales.
         source: Parameters of the input.
-        target: What becomes of the output; None leaves it as the accumulator has it, for a ReLU to read.
+        target: What becomes of the output; None leaves it as the accumulator has it.
     """
 
     weight: Tensor
@@ -236,7 +236,7 @@ def simulate(detector: Detector, quantized: QuantizedModel, leave_out: frozenset
     for name, layer in quantized.layers.items():
         conv = core.get_submodule(name)
         assert isinstance(conv, nn.Conv2d)
-        source, grid = quantized.activations[layer.input], quantized.activations.get(name)
+        source, grid = quantized.activations[layer.input], _grid_behind(core, name, quantized)
         target = None if grid is None else FixedQuantizer(grid, rounds=name not in leave_out)
         core.add_submodule(name, IntegerConv(conv, layer, source, target))
     for name, value in quantized.float_tensors.items():
@@ -248,6 +248,16 @@ def simulate(detector: Detector, quantized: QuantizedModel, leave_out: frozenset
             _round_node(core, node, quantized, leave_out)
     core.recompile()
     return view.eval()
+
+
+def _grid_behind(core: fx.GraphModule, name: str, quantized: QuantizedModel) -> QParams | None:
+    """Grid of a convolution's output, which is that behind the ReLU where both are one kernel."""
+    if name in quantized.activations:
+        return quantized.activations[name]
+    (node,) = core.graph.find_nodes(op="call_module", target=name)
+    readers = list(node.users)
+    is_relu = len(readers) == 1 and isinstance(core.get_submodule(str(readers[0].target)), nn.ReLU)
+    return quantized.activations.get(str(readers[0].target)) if is_relu else None
 
 
 def _round_node(core: fx.GraphModule, node: fx.Node, quantized: QuantizedModel, leave_out: frozenset[str]) -> None:
@@ -268,7 +278,7 @@ def _round_node(core: fx.GraphModule, node: fx.Node, quantized: QuantizedModel, 
 
 def _tensor_behind(node: fx.Node) -> str:
     """Name of the tensor that a node passes on: a part of a split one has the whole one's grid."""
-    while node.op != "call_module" and node.all_input_nodes:
+    while only_repeats(node):
         node = node.all_input_nodes[0]
     return str(node.target).removeprefix("quantizers.")
 

@@ -1,7 +1,7 @@
 """Traces a detector's core into an `fx.GraphModule` in which every operation that matters is a named module."""
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from qyolo_deploy.errors import InputError
-from qyolo_deploy.graph.ops import Add, Concat, Mul
+from qyolo_deploy.graph.ops import REARRANGING, Add, Concat, Mul, Rearrange, call_name
 
 _SPLITS = {"chunk", "split"}
 INPUT = "images"
@@ -97,6 +97,9 @@ def _name_calls(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             node.name = node.target = INPUT
+        elif node.op == "call_method" and _is_read_by_conv(node, modules):
+            name = _unused(_join(_scope(node), str(node.target)), seen)
+            _call(traced, node, name, Rearrange(str(node.target)), node.args)
         elif node.op == "call_function" and (module := _as_module(node)) is not None:
             kind = type(module).__name__.lower()
             _call(traced, node, _unused(f"{_join(_scope(node), kind)}", seen), module, _tensor_args(node))
@@ -106,6 +109,17 @@ def _name_calls(traced: fx.GraphModule) -> None:
                 place = _place_of(node)
                 _call(traced, node, _unused(place, seen), copy(module), node.args)
         seen.add(str(node.target))
+
+
+def _is_read_by_conv(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a convolution reads what a method rearranges: it quantizes its input, and for that needs its name."""
+    name = call_name(node)
+    if name not in REARRANGING or name == "contiguous" or node.kwargs:
+        return False
+    readers = [
+        user for reader in node.users for user in (reader.users if call_name(reader) == "contiguous" else [reader])
+    ]
+    return any(isinstance(modules.get(str(reader.target)), nn.Conv2d) for reader in readers)
 
 
 def _place_of(node: fx.Node) -> str:

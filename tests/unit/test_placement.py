@@ -5,7 +5,7 @@ from torch import nn
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.graph.fake_quantize import Quantizer, zero_point_of
 from qyolo_deploy.graph.layers import QuantConv
-from qyolo_deploy.graph.ops import Add, Concat, Mul
+from qyolo_deploy.graph.ops import Add, Concat, Mul, Rearrange
 from qyolo_deploy.graph.placement import INNER_BITS, layer_names, place
 from qyolo_deploy.graph.prepare import prepare
 from qyolo_deploy.graph.trace import trace
@@ -135,13 +135,16 @@ def test_order_is_that_of_execution(placed):
 def test_what_only_passes_values_on_shares_their_scale(detectors, kind):
     traced = trace(detectors[kind].core)
     placement = place(traced, W4A6)
-    passing = of_kind(traced, Concat, nn.MaxPool2d, nn.Upsample)
+    passing = of_kind(traced, Concat, nn.MaxPool2d, nn.Upsample, Rearrange)
     assert len(passing) >= 7
     for node in passing:
         name = str(node.target)
         assert name in placement.repeats
-        for source in node.all_input_nodes:
+        rearranges = isinstance(traced.get_submodule(name), Rearrange)
+        for source in node.all_input_nodes[:1] if rearranges else node.all_input_nodes:
             while source.op != "call_module":  # the parts of a split
+                source = source.args[0]
+            if isinstance(traced.get_submodule(str(source.target)), nn.BatchNorm2d):
                 source = source.args[0]
             assert placement.groups[str(source.target)] == placement.groups[name]
     assert {str(node.target) for node in passing} == placement.repeats
@@ -256,12 +259,20 @@ def test_ends_are_the_first_convolution_and_those_of_the_head(detectors, kind):
         assert placement.specs[placement.groups[placement.inputs[name]]].bits == 8
 
 
-def test_only_attention_has_a_convolution_that_stays_in_float(detectors):
+def test_no_convolution_stays_in_float(detectors):
     for kind in KINDS:
         traced = trace(detectors[kind].core)
-        left = set(layer_names(traced)[0]) - set(place(traced, W4A6).layers)
-        # Its input comes out of a reshape, which no runtime quantizes.
-        assert left == ({"model.10.m.0.attn.pe.conv"} if kind == "yolo11n" else set())
+        assert set(layer_names(traced)[0]) == set(place(traced, W4A6).layers)
+
+
+def test_what_attention_reads_keeps_8_bits(detectors):
+    """Queries, keys and values are the halves of one tensor; a convolution reads the values as well."""
+    placement = place(trace(detectors["yolo11n"].core), W4A6)
+    group = placement.groups["model.10.m.0.attn.qkv.conv"]
+    assert placement.inputs["model.10.m.0.attn.pe.conv"] == "model.10.m.0.attn.reshape"
+    assert placement.groups["model.10.m.0.attn.reshape"] == group
+    assert placement.specs[group].bits == INNER_BITS > W4A6.activations.bits
+    assert placement.specs[placement.groups[placement.inputs["model.10.m.0.attn.proj.conv"]]].bits == 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
