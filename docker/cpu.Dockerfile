@@ -71,8 +71,11 @@ USER 10001:10001
 FROM wheel AS validate-environment
 # "openvino", or nothing for ONNX Runtime alone.
 ARG EXTRAS=openvino
+# OpenVINO's plugins for other processors than the CPU are a third of it, and find none in here.
 RUN python -m venv --without-pip /opt/qyolo \
- && python -m pip --python /opt/qyolo/bin/python install --no-cache-dir "$(echo /wheel/*.whl)${EXTRAS:+[$EXTRAS]}"
+ && python -m pip --python /opt/qyolo/bin/python install --no-cache-dir "$(echo /wheel/*.whl)${EXTRAS:+[$EXTRAS]}" \
+ && rm -f /opt/qyolo/lib/python3*/site-packages/openvino/libs/libopenvino_intel_[gn]pu_plugin.so \
+      /opt/qyolo/lib/python3*/site-packages/openvino/libs/cache.json
 
 FROM runtime AS validate
 COPY --from=validate-environment /opt/qyolo /opt/qyolo
