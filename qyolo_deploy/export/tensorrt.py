@@ -56,7 +56,7 @@ def tensorrt_dialect(model: ir.Model, quantized: QuantizedModel, inner: frozense
     Raises:
         InputError: If the graph does not have a tensor of the quantized model.
     """
-    symmetric = _symmetric(quantized, inner)
+    symmetric = _symmetric(quantized, inner | _heads(model, quantized))
     biases = {
         name: (layer.bias * quantized.bias_scale(name).astype(np.float64)).astype(np.float32)
         for name, layer in quantized.layers.items()
@@ -91,6 +91,18 @@ def to_symmetric(grid: QParams) -> QParams:
 def _steps(grid: QParams) -> tuple[int, int]:
     """Ends of a grid in steps from zero."""
     return grid.spec.qmin - int(grid.zero_point), grid.spec.qmax - int(grid.zero_point)
+
+
+def _heads(model: ir.Model, quantized: QuantizedModel) -> frozenset[str]:
+    """Tensors that lose levels for nobody's gain, since no quantized layer comes after them: the raw head maps."""
+    followed: set[str] = set()
+    for node in reversed(list(model.graph)):
+        results = {str(value.name) for value in node.outputs}
+        if results & (followed | set(quantized.layers)):
+            followed |= {str(value.name) for value in node.inputs if value is not None}
+    return frozenset(
+        name for name, grid in quantized.activations.items() if name not in followed and not fits_int8(grid)
+    )
 
 
 def _symmetric(quantized: QuantizedModel, inner: frozenset[str]) -> QuantizedModel:
