@@ -1,6 +1,7 @@
 """Memory of an engine's inputs and outputs, on the GPU and pinned on the host, and the stream that fills it."""
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,5 @@ class DeviceBuffers:
 
 def _view(address: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Memory at an address as an array."""
-    from ctypes import c_float
-
-    memory = (c_float * math.prod(shape)).from_address(address)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    memory = (ctypes.c_float * math.prod(shape)).from_address(address)
+    return np.ctypeslib.as_array(memory).reshape(shape)

@@ -59,7 +59,9 @@ def build_plan(runtime: TensorRt, folder: Path, spec: BuildSpec, tick: Tick) -> 
     cache_file = _load_timings(runtime, config, folder, spec.options)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
-        raise InputError(f"{folder / spec.onnx}: {runtime.title} cannot build it: {_blamed(log.first_error(), network)}")
+        raise InputError(
+            f"{folder / spec.onnx}: {runtime.title} cannot build it: {_blamed(log.first_error(), network)}"
+        )
     if cache_file is not None:
         write_atomic(cache_file, bytes(config.get_timing_cache().serialize()))
     record = BuildRecord(
@@ -175,7 +177,7 @@ def shared_log(runtime: TensorRt) -> Any:
 def _monitor(trt: Any, tick: Tick) -> Any:
     """The builder's outermost phase as progress; the phases inside it as its state."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc,name-defined]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.outermost, self.steps, self.done = "", 1, 0

@@ -70,7 +70,7 @@ class BuildSpec(Strict):
 
 
 def profile(options: TensorRtSection, imgsz: int) -> Shapes:
-    """The shapes of an engine with open batch and sides: letterboxed images are `imgsz` long and as narrow as they are."""
+    """The shapes of an engine with open batch and sides; letterboxed images may be as narrow as the stride."""
     batch = options.batch
     return Shapes(
         min=(batch.min, 3, _STRIDE, _STRIDE), opt=(batch.opt, 3, imgsz, imgsz), max=(batch.max, 3, imgsz, imgsz)
