@@ -79,6 +79,7 @@ def compute_in_half(graph: ir.Graph, layers: Iterable[str]) -> None:
         for index, value in enumerate(node.inputs):
             if value is not None:
                 node.replace_input_with(index, _half(graph, name, index, value))
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
         readers = list(node.outputs[0].uses())
         whole = _cast(graph, node.outputs[0], f"{name}.float", ir.DataType.FLOAT)
         for use in readers:
