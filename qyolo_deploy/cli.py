@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qyolo_deploy import cli_bench, cli_calibration
+from qyolo_deploy import cli_bench, cli_calibration, cli_engine
 from qyolo_deploy._version import __version__
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
@@ -34,6 +34,7 @@ demo_app = typer.Typer(help="See in seconds what the methods do.", no_args_is_he
 app.add_typer(demo_app, name="demo")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_calibration.app, name="calibration")
+app.add_typer(cli_engine.app, name="engine")
 
 Device = Annotated[str, typer.Option(help="What training computes on: auto, cpu, cuda or cuda:<index>.")]
 Settings = Annotated[
@@ -114,7 +115,7 @@ def _print_build(result: dict[str, Any]) -> None:
     if not result["ran"]:
         console.print(f"{result['folder']}: everything is up to date, nothing was done", markup=False)
     if result["views"]:
-        console.print(_views_table(result["views"], result["gates"]))
+        console.print(_views_table(result["views"], result["gates"], result["not_run"]))
     for gate in result["gates"]:
         if not gate["passed"]:
             console.print(f"gate failed: {gate['reason']}", style="red", markup=False)
@@ -123,7 +124,9 @@ def _print_build(result: dict[str, Any]) -> None:
         console.print(f"report: {report}", markup=False, soft_wrap=True)
 
 
-def _views_table(views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]] = ()) -> Table:
+def _views_table(
+    views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]] = (), not_run: Iterable[dict[str, str]] = ()
+) -> Table:
     table = make_table("view")
     for column in ("mAP50-95", "mAP50", "size MB", "p50 ms", "p95 ms", "gates"):
         table.add_column(column, justify="right")
@@ -139,6 +142,8 @@ def _views_table(views: Iterable[dict[str, Any]], gates: Iterable[dict[str, Any]
             *(f"{latency[key]:.1f}" if key in latency else "-" for key in ("p50", "p95")),
             f"{sum(gate['passed'] for gate in own)}/{len(own)} passed" if own else "-",
         )
+    for view in not_run:
+        table.add_row(view["name"], view["status"], *"-----")
     return table
 
 
@@ -180,7 +185,7 @@ def matrix(
 
 @app.command()
 def validate(
-    engine: Annotated[Path, typer.Argument(help="An .onnx, an OpenVINO folder or .xml.")],
+    engine: Annotated[Path, typer.Argument(help="An .onnx, .engine or .plan, an OpenVINO folder or .xml.")],
     data: Annotated[str, typer.Option(help="Dataset YAML, its folder or a COCO JSON.")],
     imgsz: Annotated[int | None, typer.Option(help="Longer side in pixels.")] = None,
     conf: Annotated[float, typer.Option(help="Scores above it count.")] = 0.001,

@@ -5,10 +5,13 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from qyolo_deploy._version import __version__
 from qyolo_deploy.engines.requirements import MINIMUM, version_numbers
+from qyolo_deploy.engines.tensorrt_runtime import Flavor, find_device, import_tensorrt
+from qyolo_deploy.errors import RuntimeMissingError
 
 Status = Literal["ok", "missing", "too old", "broken"]
 
@@ -41,6 +44,7 @@ class _Package:
     extra: str
     needed_for: str
     details: Callable[[], str] = lambda: ""
+    remedy: str | None = None
 
 
 def check_runtimes() -> list[Finding]:
@@ -66,7 +70,7 @@ def _cpu() -> Finding:
 
 def _package(entry: _Package) -> Finding:
     extra = f"[{entry.extra}]" if entry.extra else ""
-    remedy = f'pip install "qyolo_deploy{extra}"'
+    remedy = entry.remedy or f'pip install "qyolo_deploy{extra}"'
     try:
         version = importlib.metadata.version(entry.name)
     except importlib.metadata.PackageNotFoundError:
@@ -75,7 +79,12 @@ def _package(entry: _Package) -> Finding:
         return Finding(entry.name, "too old", version, f"at least {entry.minimum}", remedy, entry.needed_for)
     try:
         details = entry.details()
-    except (ImportError, OSError, RuntimeError) as error:  # installed, but a library below it is not there or broken
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        RuntimeMissingError,
+    ) as error:  # installed, but a library below it is not there or broken
         reason = " ".join(str(error).split())
         return Finding(entry.name, "broken", version, reason, f"reinstall: {remedy}", entry.needed_for)
     return Finding(entry.name, "ok", version, details, "", entry.needed_for)
@@ -95,6 +104,13 @@ def _openvino_devices() -> str:
     return f"{', '.join(core.available_devices)} ({abilities})"
 
 
+def _tensorrt_details(flavor: Flavor) -> str:
+    found, device = import_tensorrt(flavor), find_device()
+    if device is not None:
+        return f"{device.name} (compute capability {device.compute_capability}, {device.driver})"
+    return "no GPU: builds, does not run" if found.is_rtx else "no GPU: neither builds nor runs"
+
+
 def _compiler() -> Finding:
     found = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
     status: Status = "ok" if found else "missing"
@@ -105,6 +121,21 @@ def _compiler() -> Finding:
 _PACKAGES = (
     _Package("onnxruntime", MINIMUM["onnxruntime"], "", "running ONNX engines", _onnxruntime_devices),
     _Package("openvino", MINIMUM["openvino"], "openvino", "building and running OpenVINO engines", _openvino_devices),
+    _Package(
+        "tensorrt",
+        MINIMUM["tensorrt"],
+        "tensorrt",
+        "building and running TensorRT engines",
+        partial(_tensorrt_details, "tensorrt"),
+        'pip install "qyolo_deploy[tensorrt]"; on Jetson, JetPack brings it',
+    ),
+    _Package(
+        "tensorrt_rtx",
+        MINIMUM["tensorrt_rtx"],
+        "tensorrt-rtx",
+        "building TensorRT-RTX engines, also without a GPU",
+        partial(_tensorrt_details, "tensorrt_rtx"),
+    ),
     _Package("faster-coco-eval", "1.7", "", "mAP"),
     _Package("pycocotools", "2.0.8", "", "mAP by the reference"),
     _Package("opencv-python", "4.10", "", "reading images"),

@@ -22,6 +22,7 @@ from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.images import list_images
 from qyolo_deploy.data.synthetic import GENERATOR_VERSION
 from qyolo_deploy.engines.requirements import check_targets
+from qyolo_deploy.engines.tensorrt_runtime import FLAVORS, find_device
 from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
 from qyolo_deploy.recipe import SYNTHETIC, Recipe
 from qyolo_deploy.recipe_file import load_recipe
@@ -92,6 +93,7 @@ class BuildResult:
         up_to_date: Stages that were not, because nothing that decides them has changed.
         views: The measured views, as in `report.json`; empty if the build stopped before validation.
         gates: The gates with their outcomes.
+        not_run: Views without numbers: `name`, `status` and `reason`.
     """
 
     folder: Path
@@ -99,6 +101,7 @@ class BuildResult:
     up_to_date: tuple[str, ...]
     views: tuple[dict[str, Any], ...]
     gates: tuple[dict[str, Any], ...]
+    not_run: tuple[dict[str, str], ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -114,6 +117,7 @@ class BuildResult:
             "passed": self.passed,
             "views": list(self.views),
             "gates": list(self.gates),
+            "not_run": list(self.not_run),
         }
 
 
@@ -232,6 +236,9 @@ class _Plan:
             found["architecture"] = sha256(Path(self.architecture))
         if stage.name in ("export", "validate"):
             found |= {f"{name} version": version for name, version in package_versions(_RUNTIMES).items()}
+            if "tensorrt" in self.recipe.export.targets:
+                found |= {f"{name} version": version for name, version in package_versions(FLAVORS).items()}
+                found["gpu"] = str(find_device())
         return found
 
 
@@ -268,6 +275,7 @@ class _Build:
             up_to_date=tuple(name for name in self._artifacts if name not in self._ran),
             views=tuple(report.get("views", ())),
             gates=tuple(report.get("gates", ())),
+            not_run=tuple(report.get("not_run", ())),
         )
 
     def _gates_passed(self) -> bool:

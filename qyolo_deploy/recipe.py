@@ -12,6 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SYNTHETIC = "synthetic"
+TENSORRT_GRAPH = "tensorrt_graph_on_onnxruntime"
 
 
 class Section(BaseModel):
@@ -245,10 +246,40 @@ class CorrectSection(Section):
     seed: int = 0
 
 
+class BatchSection(Section):
+    """Batch sizes of a TensorRT engine with an open batch: the range that it takes, and the one it is fastest at."""
+
+    min: Positive = 1
+    opt: Positive = 1
+    max: Positive = 1
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> "BatchSection":
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected min <= opt <= max, found {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class TensorRtSection(Section):
+    """How TensorRT builds an engine; TensorRT-RTX decides all but workspace and batch by itself."""
+
+    fp16: bool = Field(True, description="Half precision for convolutions that stay float")
+    workspace_mib: Positive | None = Field(None, description="Memory that a kernel may use; by default all there is")
+    optimization_level: Annotated[int, Field(ge=0, le=5, description="More tries more kernels and builds longer")] = 3
+    batch: BatchSection = BatchSection()
+    timing_cache: bool = Field(True, description="Keep the timings of kernels beside the engine for the next build")
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        "none", description="Other GPUs that the engine is to run on, at a cost in speed"
+    )
+    version_compatible: bool = Field(False, description="Later minor versions of TensorRT load the engine too")
+    dla_core: Annotated[int, Field(ge=0)] | None = Field(None, description="Core of Jetson's DLA; by default the GPU")
+    gpu_layers: tuple[str, ...] = Field((), description="Globs of layers that run on the GPU although the DLA could")
+
+
 class ExportSection(Section):
     """Engines to build."""
 
-    targets: Annotated[tuple[Literal["onnxruntime", "openvino"], ...], Field(min_length=1)] = (
+    targets: Annotated[tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...], Field(min_length=1)] = (
         "onnxruntime",
         "openvino",
     )
@@ -259,6 +290,20 @@ class ExportSection(Section):
         description="raw ends the engines at the head maps and leaves decoding to the runner, which does it for "
         "candidates above the confidence threshold alone; ultralytics reads decoded ones only",
     )
+    tensorrt: TensorRtSection = TensorRtSection()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the engines' views. A TensorRT engine may not run where it is built: its graph is measured too."""
+        return (*self.targets, *((TENSORRT_GRAPH,) if "tensorrt" in self.targets else ()))
+
+    @model_validator(mode="after")
+    def _tensorrt_fits(self) -> "ExportSection":
+        if self.tensorrt.batch != BatchSection() and not self.dynamic:
+            raise ValueError("tensorrt.batch needs dynamic: true, else the batch is 1")
+        if self.tensorrt.gpu_layers and self.tensorrt.dla_core is None:
+            raise ValueError("tensorrt.gpu_layers needs tensorrt.dla_core")
+        return self
 
 
 class ValidateSection(Section):
@@ -344,7 +389,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _gates_name_views(self) -> "Recipe":
         """A gate on a view that is never measured would fail, but only after all the training."""
-        views = ("float", "fake_quantized", *self.export.targets)
+        views = ("float", "fake_quantized", *self.export.views)
         for index, gate in enumerate(self.gates):
             for key in ("view", "relative_to"):
                 if (name := getattr(gate, key)) not in (None, *views):

@@ -18,7 +18,7 @@ class Runner(Protocol):
 
     Attributes:
         path: The file or folder that it was loaded from.
-        runtime: `onnxruntime` or `openvino`.
+        runtime: `onnxruntime`, `openvino` or `tensorrt`.
         imgsz: Height and width if they are fixed, else None.
         trained_imgsz: The longer side that the file's metadata names, if it does.
         names: Class names in the file's metadata; empty where it has none.
@@ -45,10 +45,10 @@ def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, th
     """Loads an engine file of any kind.
 
     Args:
-        path: `.onnx`, an OpenVINO `.xml`, or the folder that holds one.
+        path: `.onnx`, TensorRT's `.engine` or `.plan`, an OpenVINO `.xml`, or the folder that holds one.
         precision_hint: For OpenVINO; `f32` computes what the file says, `bf16` may be faster.
         conf: Of engines that end at raw head maps, only candidates with a score above it are decoded.
-        threads: That compute; by default the runtime's choice.
+        threads: Of the CPU that compute; by default the runtime's choice.
 
     Raises:
         InputError: If there is no such file, it is of no known kind, or it cannot be loaded.
@@ -64,7 +64,11 @@ def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, th
         from qyolo_deploy.engines.openvino import OpenVinoRunner
 
         return OpenVinoRunner(path, precision_hint, conf, threads)
-    raise InputError(f"{path}: expected an .onnx file, an OpenVINO .xml or the folder that holds one")
+    if path.suffix in (".engine", ".plan"):
+        from qyolo_deploy.engines.tensorrt import TensorRtRunner
+
+        return TensorRtRunner(path, conf)
+    raise InputError(f"{path}: expected an .onnx, .engine or .plan file, an OpenVINO .xml or the folder that holds one")
 
 
 def engine_files(path: Path) -> list[Path]:

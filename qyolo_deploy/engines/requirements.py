@@ -7,7 +7,9 @@ from qyolo_deploy.errors import RuntimeMissingError
 
 # What the package itself requires; older runtimes may load some engines, but none was tried. ONNX Runtime folds 4-bit
 # weights into its int8 kernels from 1.23 on.
-MINIMUM = {"onnxruntime": "1.23", "openvino": "2026.0"}
+MINIMUM = {"onnxruntime": "1.23", "openvino": "2026.0", "tensorrt": "10.0", "tensorrt_rtx": "1.0"}
+# Their files are written without the runtime, and finished where it is.
+_FINISHED_ELSEWHERE = ("tensorrt",)
 
 
 def check_targets(targets: Iterable[str]) -> None:
@@ -17,6 +19,8 @@ def check_targets(targets: Iterable[str]) -> None:
         RuntimeMissingError: A runtime is not installed or too old.
     """
     for target in targets:
+        if target in _FINISHED_ELSEWHERE:
+            continue
         hint = f'pip install "qyolo_deploy[build]", or leave {target} out of export.targets.'
         try:
             version = importlib.metadata.version(target)

@@ -4,7 +4,7 @@ Each pass states what it needs and leaves (`requires`, `ensures`); the tensors a
 `export_float` gave them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,7 @@ def insert_qdq(
     leave_out: frozenset[str] = frozenset(),
     storage: str = "int8",
     clip: Clipping = "codes",
+    float_biases: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> ir.Model:
     """Makes a QDQ model; the float model is left as it is.
 
@@ -40,6 +41,7 @@ def insert_qdq(
         storage: `int8`, or `int4` for weights whose grid fits.
         clip: What is clipped where a grid of few bits needs it, and by a ReLU: `codes` keeps ONNX Runtime in
             integers, `values` is what OpenVINO fuses into the convolution. Both give the same codes.
+        float_biases: Biases of all layers, float32 `[C_out]`, for a runtime that takes no integer ones.
 
     Returns:
         A model in which every quantized tensor passes QuantizeLinear and DequantizeLinear, weights are integer
@@ -52,7 +54,8 @@ def insert_qdq(
     graph_model = model.clone()
     _requires(graph_model.graph, quantized)
     for name, layer in quantized.layers.items():
-        _quantize_layer(graph_model.graph, name, layer, quantized, storage)
+        bias = None if float_biases is None else float_biases[name]
+        _quantize_layer(graph_model.graph, name, layer, quantized, storage, bias)
     for name in {key.rpartition(".")[0] for key in quantized.float_tensors}:
         _set_float_layer(graph_model.graph, name, quantized)
     for name, qparams in quantized.activations.items():
@@ -64,9 +67,9 @@ def insert_qdq(
         if name not in leave_out:
             _keep_low_end(graph_model.graph, name, qparams, methods.get(name), clip)
         elif name in quantized.layers:
-            _clip_values(graph_model.graph, name, qparams)
+            clip_values(graph_model.graph, name, qparams)
     graph_model.graph.sort()
-    _ensures(graph_model.graph, quantized)
+    _ensures(graph_model.graph, quantized, 3 if float_biases is None else 2)
     return graph_model
 
 
@@ -80,10 +83,10 @@ def _requires(graph: ir.Graph, quantized: QuantizedModel) -> None:
             raise InputError(f"'{name}' is not a convolution with constant weights in the exported graph")
 
 
-def _ensures(graph: ir.Graph, quantized: QuantizedModel) -> None:
-    """All inputs of all quantized convolutions come out of DequantizeLinear."""
+def _ensures(graph: ir.Graph, quantized: QuantizedModel, inputs: int) -> None:
+    """The first inputs of all quantized convolutions come out of DequantizeLinear."""
     for name in quantized.layers:
-        for value in _conv_of(graph, name).inputs:
+        for value in _conv_of(graph, name).inputs[:inputs]:
             producer = value.producer() if value is not None else None
             if producer is None or producer.op_type != "DequantizeLinear":
                 raise InputError(f"an input of '{name}' is not quantized in the exported graph")
@@ -129,11 +132,21 @@ def _add_node(
     return node.outputs[0]
 
 
-def _quantize_layer(graph: ir.Graph, name: str, layer: QuantizedLayer, quantized: QuantizedModel, storage: str) -> None:
-    """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias."""
+def _quantize_layer(
+    graph: ir.Graph,
+    name: str,
+    layer: QuantizedLayer,
+    quantized: QuantizedModel,
+    storage: str,
+    float_bias: NDArray[np.float32] | None,
+) -> None:
+    """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias or a float one."""
     scale = _constant(graph, f"{name}.weight_scale", layer.qparams.scale)
     weight = _stored_weight(graph, name, layer, storage)
     dequantized = _add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
+    if float_bias is not None:
+        _set_constants(graph, name, dequantized, _constant(graph, f"{name}.bias_float", float_bias))
+        return
     bias = _constant(graph, f"{name}.bias_quantized", layer.bias)
     bias_scale = _constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
     _set_constants(
@@ -211,12 +224,12 @@ def _keep_low_end(graph: ir.Graph, name: str, qparams: QParams, method: Method |
     if method == "clip" and clip == "codes":
         _clip_codes(graph, name, qparams, qparams.spec.qmin)
     elif method == "clip":
-        _clip_values(graph, name, qparams)
+        clip_values(graph, name, qparams)
     elif clip == "codes":
         _relu_in_codes(graph, name, qparams)
 
 
-def _clip_values(graph: ir.Graph, name: str, qparams: QParams) -> None:
+def clip_values(graph: ir.Graph, name: str, qparams: QParams) -> None:
     """Clips a tensor at the ends of its grid; divided by the scale, they are its end codes."""
     value = _value(graph, name)
     readers = list(value.uses())

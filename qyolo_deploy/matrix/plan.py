@@ -162,7 +162,7 @@ def cells_of(
                 keys = _FIXED | matrix.set | shorter | row.set | column.set | dict.fromkeys(_SEED_KEYS, seed)
                 own = (*(f"{key}={json.dumps(value)}" for key, value in keys.items()), *settings)
                 recipe = load_recipe(base, own)
-                if matrix.view not in ("float", "fake_quantized", *recipe.export.targets):
+                if matrix.view not in ("float", "fake_quantized", *recipe.export.views):
                     raise InputError(f"{path}: view: {matrix.view!r} is not among the views of {base}")
                 cells.append(Cell(row.name, column.name, seed, own, recipe))
     return cells

@@ -12,6 +12,7 @@ from qyolo_deploy.release.report_oscillation import oscillations
 from qyolo_deploy.release.report_text import (
     ACCURACIES,
     METRIC_TITLES,
+    NOTHING,
     fixed,
     gate_number,
     list_facts,
@@ -63,7 +64,9 @@ def _cards(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -
     return cards
 
 
-def _views_table(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None) -> Table:
+def _views_table(
+    views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, not_run: Sequence[Mapping[str, Any]] = ()
+) -> Table:
     others = [key for key in ACCURACIES[1:] if any(to_number(view.get(key)) is not None for view in views)]
     head = ["View", "mAP50-95", "Δ float", *(METRIC_TITLES[key].removeprefix("mAP ") for key in others)]
     rows = [
@@ -78,7 +81,10 @@ def _views_table(views: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | N
         ]
         for view in views
     ]
-    return [*head, "Size, MB", "p50, ms", "p95, ms"], rows
+    head += ["Size, MB", "p50, ms", "p95, ms"]
+    for view in not_run:
+        rows.append([f"{view_title(view['name'])}: {view['status']}", *[NOTHING] * (len(head) - 1)])
+    return head, rows
 
 
 def _conditions_table(views: Sequence[Mapping[str, Any]]) -> Table:
@@ -230,7 +236,7 @@ def _verdict(gates: Sequence[Mapping[str, Any]]) -> tuple[str, bool] | None:
 
 
 def _content(report: Mapping[str, Any]) -> dict[str, Any]:
-    views = report.get("views") or []
+    views, not_run = report.get("views") or [], report.get("not_run") or []
     base = next((view for view in views if view.get("name") == "float"), None)
     gates = report.get("gates") or []
     digests = {view_title(view.get("name")): view["digests"] for view in views if view.get("digests")}
@@ -240,8 +246,8 @@ def _content(report: Mapping[str, Any]) -> dict[str, Any]:
         "scheme": (report.get("quantization") or {}).get("scheme"),
         "verdict": _verdict(gates),
         "cards": _cards(views, base),
-        "views": _views_table(views, base) if views else None,
-        "styles": [view_style(view.get("name")) for view in views],
+        "views": _views_table(views, base, not_run) if views else None,
+        "styles": [view_style(view.get("name")) for view in (*views, *not_run)],
         "map_chart": _map_chart(views),
         "conditions": _conditions_table(views) if views else None,
         "gates": [_gate_row(gate) for gate in gates],
@@ -264,10 +270,11 @@ def write_report(path_html: str | os.PathLike[str], report: Mapping[str, Any]) -
     Args:
         path_html: The file to write.
         report: The content of `report.json`: `name`, `version`, `recipe` (facts and the YAML text), `views`
-            (as `EvalReport.to_json` gives them), `gates` (each with the keys of its `Gate` and of its
-            `GateResult`), `training` (`epochs`, `diagnostics` as stage `train` writes them), `correction`
-            (`steps`), `quantization` (`scheme`, `targets`, `layers`, `notes`), `environment`, `lineage`,
-            `samples` (`title`, `jpeg_base64`). Accuracies are fractions here and points in the page.
+            (as `EvalReport.to_json` gives them), `not_run` (engines without numbers: `name`, `status`, `reason`),
+            `gates` (each with the keys of its `Gate` and of its `GateResult`), `training` (`epochs`, `diagnostics`
+            as stage `train` writes them), `correction` (`steps`), `quantization` (`scheme`, `targets`, `layers`,
+            `notes`), `environment`, `lineage`, `samples` (`title`, `jpeg_base64`). Accuracies are fractions here
+            and points in the page.
 
     Raises:
         RuntimeMissingError: jinja2 is not installed.

@@ -10,6 +10,7 @@ _VIEW_TITLES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
+    "tensorrt_graph_on_onnxruntime": "TensorRT's graph, on ONNX Runtime",
 }
 METRIC_TITLES = {
     "map50_95": "mAP50-95",

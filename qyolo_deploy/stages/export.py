@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -20,6 +21,7 @@ from qyolo_deploy.graph.simulate import fold_float
 from qyolo_deploy.models.registry import detector_of, load_detector
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.tensorrt import TensorRtExport, export_tensorrt
 
 # Opset 18 loads in every runtime of the last years; 4-bit integers came with 21.
 _OPSET = {"int8": 18, "int4": 21}
@@ -27,7 +29,7 @@ _FINE_BITS = 8
 
 
 def run(context: StageContext) -> StageOutput:
-    """Writes `engines/onnxruntime/*.onnx` and `engines/openvino/*_openvino_model/`."""
+    """Writes `engines/onnxruntime/*.onnx`, `engines/openvino/*_openvino_model/` and `engines/tensorrt/`."""
     recipe = context.recipe
     detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
     quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
@@ -47,11 +49,17 @@ def run(context: StageContext) -> StageOutput:
         if recipe.export.head == "raw":
             model = expose_heads(model, fold_float(detector_of(quantized.architecture)))
             metadata[METADATA_KEY] = model.metadata_props[METADATA_KEY]
-        for done, target in enumerate(recipe.export.targets, start=1):
+        for done, target in enumerate((target for target in recipe.export.targets if target in _EXPORTERS), start=1):
             tick(done, steps, target)
             engines[target] = _EXPORTERS[target](context, model, quantized, metadata)
         tick(steps, steps)
+    tensorrt = None
+    if "tensorrt" in recipe.export.targets:
+        inner = _left_out(context, quantized, "tensorrt")
+        tensorrt = export_tensorrt(context, model, quantized, metadata, inner)
     files = [file for path in engines.values() for file in engine_files(path)]
+    files += [] if tensorrt is None else tensorrt.files
+    engines |= {} if tensorrt is None else tensorrt.engines
     relative = {view: path.relative_to(context.folder).as_posix() for view, path in engines.items()}
     return StageOutput(
         "engines",
@@ -60,14 +68,19 @@ def run(context: StageContext) -> StageOutput:
             "engines": relative,
             "low_bit_activations": _low_bit(context, model, quantized),
             "left_out": {target: len(_left_out(context, quantized, target)) for target in recipe.export.targets},
+            **({} if tensorrt is None else {"tensorrt": _tensorrt_info(context, tensorrt)}),
         },
     )
+
+
+def _tensorrt_info(context: StageContext, tensorrt: TensorRtExport) -> dict[str, Any]:
+    return tensorrt.info | {"files": [file.relative_to(context.folder).as_posix() for file in tensorrt.files]}
 
 
 def _low_bit(context: StageContext, model: ir.Model, quantized: QuantizedModel) -> dict[str, dict[str, int]]:
     """For each target, how many activations of fewer than 8 bits saturate by themselves and how many need a Clip."""
     counts: dict[str, dict[str, int]] = {}
-    for target in context.recipe.export.targets:
+    for target in (target for target in context.recipe.export.targets if target in _EXPORTERS):
         ways = low_bit_activations(model, quantized, _left_out(context, quantized, target))
         counts[target] = dict(Counter[str](ways.values()))
     return counts
@@ -77,9 +90,10 @@ def _left_out(context: StageContext, quantized: QuantizedModel, target: str) -> 
     """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded.
 
     On a grid of few bits that flips too many codes; whoever wants the fused kernel there trains for OpenVINO alone.
+    TensorRT fuses in the same way, and could not hold those tensors' codes in int8 without a zero point.
     """
     is_fine = all(qparams.spec.bits == _FINE_BITS for qparams in quantized.activations.values())
-    leaves_out = target == "openvino" and is_fine
+    leaves_out = target == "tensorrt" or (target == "openvino" and is_fine)
     return frozenset(context.artifacts["train"].info["inner"]) if leaves_out else frozenset()
 
 

@@ -8,6 +8,7 @@ from qyolo_deploy.artifact import environment_fingerprint, sha256_file
 from qyolo_deploy.engines.base import engine_files
 from qyolo_deploy.engines.requirements import MINIMUM
 from qyolo_deploy.errors import GateFailedError
+from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.bundle import write_release
 from qyolo_deploy.release.manifest import (
     CreatedWith,
@@ -24,8 +25,14 @@ from qyolo_deploy.release.verify import verify_release
 from qyolo_deploy.stages.context import StageContext, StageOutput
 
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy")
-_FORMATS = {"float": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
-_RUNTIME_OF = {"float": "onnxruntime"}
+_FORMATS = {
+    "float": "onnx",
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    TENSORRT_GRAPH: "onnx",
+}
+_RUNTIME_OF = {"float": "onnxruntime", TENSORRT_GRAPH: "onnxruntime"}
 _RECIPE = "recipe.resolved.yaml"
 
 
@@ -51,7 +58,9 @@ def _files(context: StageContext) -> dict[str, Path]:
     files["model.safetensors"] = root / "correct" / "model.safetensors"
     for path in context.artifacts["export"].info["engines"].values():
         files |= {file.relative_to(root).as_posix(): file for file in engine_files(root / path)}
-    return files
+    # With what a device needs to build its own engine.
+    tensorrt = context.artifacts["export"].info.get("tensorrt", {"files": []})
+    return files | {name: root / name for name in tensorrt["files"]}
 
 
 def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
@@ -93,6 +102,7 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
     name, storage = view["name"], context.recipe.export.storage
     runtime = _RUNTIME_OF.get(name, name)
     metrics = {key: view[key] for key in ("map50_95", "map50", "map75")}
+    latency = view["latency_ms"] or {}
     return EngineEntry(
         view=name,
         path=context.artifacts["export"].info["engines"][name],
@@ -101,5 +111,5 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
         storage="float32" if name == "float" else storage,
         precision_hint=view["precision_hint"],
         min_runtime_version=MINIMUM[runtime],
-        metrics=metrics | {f"latency_ms_{key}": value for key, value in view["latency_ms"].items()},
+        metrics=metrics | {f"latency_ms_{key}": value for key, value in latency.items()},
     )

@@ -21,8 +21,10 @@ from qyolo_deploy.engines.base import Runner, open_engine
 from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.models.registry import detector_of
 from qyolo_deploy.quant.model import QuantizedModel
+from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.tensorrt import BUILT, tensorrt_notes
 from qyolo_deploy.stages.views import TorchRunner, sqnr_db
 from qyolo_deploy.validate.detections import decode
 from qyolo_deploy.validate.evaluate import EvalSettings
@@ -65,7 +67,8 @@ def run(context: StageContext) -> StageOutput:
     latencies = _latencies(context, engines, dataset, settings)
     data_digest = context.artifacts["data"].info["val"]["digest"]
     reports = {}
-    for view in ("float", "fake_quantized", *recipe.export.targets):
+    measured = [view for view in recipe.export.views if view in engines]
+    for view in ("float", "fake_quantized", *measured):
         with context.reporter.progress(f"validating {view}") as tick:
             digests = {"data": data_digest}
             if view == "fake_quantized":
@@ -85,11 +88,11 @@ def run(context: StageContext) -> StageOutput:
             )
     results = check_gates(recipe.gates, reports)
     report = _compose(context, reports, results)
-    report["samples"] = _samples(engines[recipe.export.targets[0]], dataset, settings)
+    report["samples"] = _samples(engines[measured[0]], dataset, settings)
     files = [context.folder / "report.json", context.folder / "report.html"]
     write_atomic(files[0], json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
     write_report(files[1], report)
-    info = {"views": report["views"], "gates": report["gates"]}
+    info = {"views": report["views"], "gates": report["gates"], "not_run": report["not_run"]}
     return StageOutput("report", files, info)
 
 
@@ -101,12 +104,16 @@ def _fake_quantized(context: StageContext) -> TorchRunner:
 def _latencies(
     context: StageContext, engines: dict[str, Runner], dataset: DetectionDataset, settings: EvalSettings
 ) -> dict[str, dict[str, float]]:
-    """Interleaved, so that the machine's moods meet all engines alike; square input, as devices run it."""
+    """Interleaved, so that the machine's moods meet all engines alike; square input, as devices run it.
+
+    That of TensorRT's graph on another runtime would tell nothing.
+    """
     image, _ = letterbox(read_image(dataset.images[0].path), settings.imgsz, settings.stride, rect=False)
     with context.reporter.progress("measuring latency") as tick:
         tick(0, 1)
         rounds = context.recipe.validate_.latency_runs
-        paired = measure_paired(engines, to_tensor(image), rounds, baseline="float")
+        timed = {view: engine for view, engine in engines.items() if view != TENSORRT_GRAPH}
+        paired = measure_paired(timed, to_tensor(image), rounds, baseline="float")
         tick(1, 1)
     return {view: latency.to_json() for view, latency in paired.latencies.items()}
 
@@ -119,6 +126,7 @@ def _compose(context: StageContext, reports: dict[str, EvalReport], results: lis
         "created_with": __version__,
         "views": [report.to_json() for report in reports.values()],
         "gates": [gate_to_json(result) for result in results],
+        "not_run": _not_run(context),
         "training": {"epochs": train["epochs"], "diagnostics": _diagnostics(context.folder / "train")},
         "correction": {"steps": _numbered(context.artifacts["correct"].info["epochs"])},
         "quantization": {
@@ -167,6 +175,8 @@ def _notes(context: StageContext) -> list[str]:
         notes.append(_inner_note(context, frozenset(train["inner"])))
     if requantized := context.artifacts["correct"].info.get("requantized_channels"):
         notes.append(f"Correction left {requantized} channels so faint that their weights needed a coarser grid.")
+    if tensorrt := context.artifacts["export"].info.get("tensorrt"):
+        notes += tensorrt_notes(tensorrt)
     for target, ways in context.artifacts["export"].info["low_bit_activations"].items():
         if ways:
             notes.append(
@@ -177,6 +187,14 @@ def _notes(context: StageContext) -> list[str]:
         bits = context.recipe.quantization.weights.bits
         notes.append(f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed.")
     return notes
+
+
+def _not_run(context: StageContext) -> list[dict[str, str]]:
+    """Engines without numbers, and why."""
+    tensorrt = context.artifacts["export"].info.get("tensorrt")
+    if tensorrt is None or tensorrt["status"] == BUILT:
+        return []
+    return [{"name": "tensorrt", "status": tensorrt["status"], "reason": tensorrt["reason"]}]
 
 
 def _inner_note(context: StageContext, inner: frozenset[str]) -> str:

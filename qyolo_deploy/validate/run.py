@@ -33,7 +33,7 @@ def validate(
     """Measures COCO mAP and latency of an engine file.
 
     Args:
-        engine: Our ONNX, an ultralytics ONNX, an OpenVINO folder or .xml.
+        engine: Our ONNX, an ultralytics ONNX, a TensorRT engine, an OpenVINO folder or .xml.
         data: Dataset YAML, its folder or a COCO JSON.
         imgsz: Longer side in pixels; by default what the engine's metadata or fixed input says, else 640.
         conf: Scores above it count.
@@ -49,12 +49,53 @@ def validate(
     """
     runner = open_engine(Path(engine), precision_hint, conf)
     dataset = load_dataset(find_input(data), split)
-    settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
+    return validate_with(
+        runner,
+        dataset,
+        imgsz,
+        conf=conf,
+        iou=iou,
+        max_det=max_det,
+        data_digest=digest_dataset(dataset),
+        progress=progress,
+    )
+
+
+def validate_with(
+    runner: Runner,
+    dataset: DetectionDataset,
+    imgsz: int | None,
+    *,
+    conf: float,
+    iou: float,
+    max_det: int,
+    data_digest: str,
+    rect: bool = True,
+    latency_runs: int = LATENCY_RUNS,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalReport:
+    """Measures COCO mAP and latency of a loaded engine; see `validate`.
+
+    Args:
+        runner: The engine.
+        dataset: Images and ground truth.
+        imgsz: Longer side in pixels.
+        conf: Scores above it count.
+        iou: Threshold of the non-maximum suppression.
+        max_det: Detections kept of an image.
+        data_digest: The dataset's digest.
+        rect: Padding to multiples of the stride only, where the engine takes it.
+        latency_runs: Runs whose times count.
+        name: Of the view; by default the runtime's.
+        progress: Called with images done and in total.
+    """
+    settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det, rect=rect)
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
-    latency = measure_latency(runner, example, LATENCY_WARMUP, LATENCY_RUNS).to_json()
-    digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
+    latency = measure_latency(runner, example, LATENCY_WARMUP, latency_runs).to_json()
+    digests = {"engine": digest_engine(runner.path), "data": data_digest}
     return evaluate_view(
-        runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
+        name or runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
     )
 
 
