@@ -1,6 +1,7 @@
 """Finds the views of a model that a command names: engine files, checkpoints, and what a build folder holds."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,11 @@ def open_view(text: str) -> TensorSource:
     if path.suffix == ".xml" or path.is_dir():
         if chosen not in ("", *_HINTS):
             raise InputError(f"{text}: expected one of {', '.join(_HINTS)} behind {_SEPARATOR}")
-        from qyolo_deploy.stages.tensors_openvino import OpenVinoTensors
-
-        return OpenVinoTensors(text, path, chosen or "f32")
+        return _openvino(text, path, chosen or "f32")
     if chosen:
         raise InputError(f"{text}: only build folders and OpenVINO models take {_SEPARATOR}{chosen}")
     if path.suffix == ".onnx":
-        from qyolo_deploy.stages.tensors_onnx import OnnxTensors
-
-        return OnnxTensors(text, path)
+        return _onnx(text, path)
     if path.suffix in _CHECKPOINTS:
         return _of_checkpoint(text, path, None)
     raise InputError(f"{text}: expected an .onnx, an OpenVINO folder, .safetensors, .pt or a build folder")
@@ -101,13 +98,9 @@ def _of_build(folder: Path, view: str) -> TensorSource:
         raise InputError(f"{label}: expected one of {', '.join(known)} behind {_SEPARATOR}")
     engine = folder / engines[view]
     if engine.suffix == ".onnx":
-        from qyolo_deploy.stages.tensors_onnx import OnnxTensors
-
-        return OnnxTensors(label, engine)
+        return _onnx(label, engine)
     if engine.name.endswith(OPENVINO_SUFFIX):
-        from qyolo_deploy.stages.tensors_openvino import OpenVinoTensors
-
-        return OpenVinoTensors(label, engine)
+        return _openvino(label, engine)
     raise InputError(f"{label}: there is no looking inside engines of {view}")
 
 
@@ -117,27 +110,25 @@ def _imgsz_of(folder: Path) -> int:
     return int(model["imgsz"])
 
 
+def _onnx(label: str, path: Path) -> TensorSource:
+    source: TensorSource = _load("tensors_onnx", label).OnnxTensors(label, path)
+    return source
+
+
+def _openvino(label: str, path: Path, precision_hint: str = "f32") -> TensorSource:
+    source: TensorSource = _load("tensors_openvino", label).OpenVinoTensors(label, path, precision_hint)
+    return source
+
+
 def _of_checkpoint(label: str, path: Path, imgsz: int | None) -> TensorSource:
+    source: TensorSource = _load("tensors_torch", label).checkpoint_tensors(label, path, imgsz)
+    return source
+
+
+def _load(module: str, label: str) -> Any:
+    """A module of the build side, which only views that need it import."""
     try:
-        from qyolo_deploy.models.registry import load_detector
-        from qyolo_deploy.stages.tensors_torch import float_tensors, quantized_tensors
+        return import_module(f"qyolo_deploy.stages.{module}")
     except ModuleNotFoundError as error:
-        message = f"{label}: views of torch need the package '{error.name}', which is not installed"
+        message = f"{label}: looking inside needs the package '{error.name}', which is not installed"
         raise RuntimeMissingError(message, hint='pip install "qyolo_deploy[build]"') from error
-    if path.suffix == ".safetensors" and _is_quantized(path):
-        from qyolo_deploy.quant.model import QuantizedModel
-
-        return quantized_tensors(label, QuantizedModel.load(path), imgsz)
-    return float_tensors(label, load_detector(path, None, None, 0), imgsz)
-
-
-def _is_quantized(path: Path) -> bool:
-    """By the metadata, which tell our integers from a float checkpoint."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = json.loads((file.metadata() or {}).get("qyolo", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
-    return isinstance(metadata, dict) and "layers" in metadata

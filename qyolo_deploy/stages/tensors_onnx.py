@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
-from qyolo_deploy.errors import RuntimeMissingError
 from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db
 from qyolo_deploy.validate.parity import EXACT_DB, Grid
 
@@ -28,7 +29,6 @@ class OnnxTensors:
 
     Raises:
         InputError: If it cannot be loaded.
-        RuntimeMissingError: If the package that reads graphs is not installed.
     """
 
     in_order = True
@@ -37,8 +37,7 @@ class OnnxTensors:
         runner = OnnxRuntimeRunner(path)  # with its checks and its messages
         self.label, self.imgsz, self.trained_imgsz = label, runner.imgsz, runner.trained_imgsz
         self.intact_db = EXACT_DB
-        self._onnx = _import_onnx()
-        self._model = self._onnx.load(path)
+        self._model = onnx.load(path)
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._rounded = {
@@ -47,12 +46,12 @@ class OnnxTensors:
             if node.op_type == "DequantizeLinear" and node.output[0].endswith(_DEQUANTIZED)
         }
         self._zero_points = {name: self._constant(node.input[2]) for name, node in self._rounded.items()}
-        self.grids = {name: self._grid(name) for name in self._rounded}
+        self.grids: Mapping[str, Grid] = {name: self._grid(name) for name in self._rounded}
         order = {name: index for index, name in enumerate(self._makers)}
-        self.names = sorted([*self._rounded, *self._float_names()], key=lambda name: order.get(name, -1))
+        self.names: Sequence[str] = sorted([*self._rounded, *self._float_names()], key=lambda name: order.get(name, -1))
 
     def _constant(self, name: str) -> NDArray[Any]:
-        value: NDArray[Any] = self._onnx.numpy_helper.to_array(self._initializers[name])
+        value: NDArray[Any] = numpy_helper.to_array(self._initializers[name])
         return value
 
     def _grid(self, name: str) -> Grid:
@@ -100,7 +99,7 @@ class OnnxTensors:
 
     def _session(self, inside: Mapping[str, str]) -> Any:
         """A session on a copy of the graph with these further outputs."""
-        onnx, model = self._onnx, self._onnx.ModelProto()
+        model = onnx.ModelProto()
         model.CopyFrom(self._model)
         present = {output.name for output in model.graph.output}
         for name, inner in inside.items():
@@ -112,13 +111,3 @@ class OnnxTensors:
         options.log_severity_level = 3
         data = model.SerializeToString()
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-
-def _import_onnx() -> Any:
-    try:
-        import onnx
-        import onnx.numpy_helper
-    except ImportError as error:
-        message = "looking inside an ONNX file needs the package 'onnx', which is not installed"
-        raise RuntimeMissingError(message, hint='pip install "qyolo_deploy[build]"') from error
-    return onnx

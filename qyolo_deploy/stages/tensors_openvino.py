@@ -1,6 +1,6 @@
 """The tensors of OpenVINO models, as its CPU plugin computes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,17 @@ class OpenVinoTensors:
         self.intact_db = EXACT_DB
         self._model = self._runner.open_again()
         self._outputs: dict[str, Any] = {}
-        self.grids: dict[str, Grid] = {}
+        grids: dict[str, Grid] = {}
+        self.grids: Mapping[str, Grid] = grids
         for node in self._model.get_ordered_ops():
             for output in node.outputs():
                 for name in output.get_names():
-                    self._see(name, output)
+                    self._see(name, output, grids)
         if not self._outputs:
             self._outputs = self._float_outputs()
-        self.names = tuple(self._outputs)
+        self.names: Sequence[str] = tuple(self._outputs)
 
-    def _see(self, name: str, output: Any) -> None:
+    def _see(self, name: str, output: Any, grids: dict[str, Grid]) -> None:
         """Notes a tensor if it is a rounded one, or if its only reader rounds it."""
         node, module = output.get_node(), name.removesuffix(_DEQUANTIZED)
         readers = [port.get_node() for port in output.get_target_inputs()]
@@ -57,7 +58,7 @@ class OpenVinoTensors:
             return
         self._outputs[module] = output
         if _is_rounding(node):
-            self.grids[module] = _grid(node)
+            grids[module] = _grid(node)
 
     def _float_outputs(self) -> dict[str, Any]:
         """Of a model without integers, the tensors of all modules."""

@@ -1,15 +1,20 @@
 """The tensors of torch views: the float model and the fake-quantized one."""
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from safetensors import SafetensorError, safe_open
+from torch import fx
 
+from qyolo_deploy.errors import InputError
 from qyolo_deploy.graph.simulate import View, fold_float, simulate
 from qyolo_deploy.models.base import Detector
-from qyolo_deploy.models.registry import detector_of
+from qyolo_deploy.models.registry import detector_of, load_detector
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
 from qyolo_deploy.stages.tensors import Tensors, Watch
@@ -30,7 +35,6 @@ class TorchTensors:
     """
 
     in_order = True
-    imgsz = None
     intact_db = EXACT_DB  # hooks change nothing
 
     def __init__(
@@ -41,32 +45,41 @@ class TorchTensors:
         grids: Mapping[str, Grid],
         trained_imgsz: int | None = None,
     ) -> None:
-        self.label, self._view, self._tensors, self.grids = label, view, tensors, grids
-        self.names, self.trained_imgsz = tuple(tensors), trained_imgsz
-        for module in view.modules():
+        assert isinstance(view.core, fx.GraphModule)
+        self.label, self._core, self._tensors, self.grids = label, view.core, tensors, grids
+        self.names: Sequence[str] = tuple(tensors)
+        self.imgsz: tuple[int, int] | None = None
+        self.trained_imgsz = trained_imgsz
+        for module in view.core.modules():
             if hasattr(module, "inplace"):
-                module.inplace = False  # or it would write over the tensor that it reads
+                setattr(module, "inplace", False)  # noqa: B010 - or it would write over the tensor that it reads
 
     def watch(self, names: Sequence[str]) -> Watch:
         """See `TensorSource`."""
-        found: Tensors = {}
-        for name in names:
-            self._view.core.get_submodule(self._tensors[name]).register_forward_hook(_keeper(found, name))
+        wanted = {self._tensors[name]: name for name in names}
 
         def run(images: NDArray[np.float32]) -> Tensors:
-            found.clear()
+            recorder = _Recorder(self._core, wanted)
             with torch.no_grad():
-                self._view.core(torch.from_numpy(images))
-            return dict(found)
+                recorder.run(torch.from_numpy(images))
+            return recorder.found
 
         return run
 
 
-def _keeper(found: Tensors, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found[name] = output.numpy()
+class _Recorder(fx.Interpreter):
+    """Keeps what the nodes make; hooks would not tell apart modules that are shallow copies of one another."""
 
-    return keep
+    def __init__(self, core: fx.GraphModule, wanted: Mapping[str, str]) -> None:
+        super().__init__(core)
+        self._wanted = wanted
+        self.found: Tensors = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_module" and str(n.target) in self._wanted:
+            self.found[self._wanted[str(n.target)]] = value.numpy()
+        return value
 
 
 def float_tensors(label: str, detector: Detector, trained_imgsz: int | None = None) -> TorchTensors:
@@ -107,3 +120,24 @@ def _called(view: View) -> list[str]:
     """Modules of the core in order of execution."""
     assert isinstance(view.core, fx.GraphModule)
     return [str(node.target) for node in view.core.graph.nodes if node.op == "call_module"]
+
+
+def checkpoint_tensors(label: str, path: Path, trained_imgsz: int | None = None) -> TorchTensors:
+    """The view that a file holds: the fake-quantized model of our integers, else a float model.
+
+    Raises:
+        InputError: If the file is neither.
+    """
+    if path.suffix == ".safetensors" and "layers" in _header(path):
+        return quantized_tensors(label, QuantizedModel.load(path), trained_imgsz)
+    return float_tensors(label, load_detector(path, None, None, 0), trained_imgsz)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Our metadata, which tell integers from a float checkpoint; empty where there are none."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("qyolo", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from error
+    return header if isinstance(header, dict) else {}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ class Parity:
         """The tensor that loses most SQNR to the one before it, not counting what is inside SiLU, and how many dB."""
         inside = self._inside_activations()
         counted = [layer for layer in self.layers if layer.name not in inside]
-        pairs = zip(counted, counted[1:], strict=False)
+        pairs = pairwise(counted)
         drops = [(after, before.sqnr_db - after.sqnr_db) for before, after in pairs]
         largest = max(drops, key=lambda drop: drop[1], default=None)
         return largest if largest is not None and largest[1] > 0 else None
