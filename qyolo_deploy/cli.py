@@ -35,6 +35,7 @@ app.add_typer(demo_app, name="demo")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_calibration.app, name="calibration")
 app.command()(cli_compare.compare)
+app.command()(cli_compare.sensitivity)
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3", metavar="KEY=VALUE")

@@ -57,3 +57,29 @@ def _print(head: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[s
     console.print(table)
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def sensitivity(
+    build: Annotated[Path, typer.Argument(help="Build folder; its float model is enough.", show_default=False)],
+    data: Annotated[str, typer.Option(help="Dataset YAML, its folder or a COCO JSON.")],
+    images: Annotated[int, typer.Option(min=1, help="How many of its validation split.")] = 8,
+    metric: Annotated[str, typer.Option(help="Rank by sqnr, map or loss.")] = "sqnr",
+    worst: Annotated[int, typer.Option(min=0, help="Print overrides of the recipe for so many.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON, CSV and plot; BUILD/sensitivity.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Rank tensors by what the quantization of each one alone costs."""
+    from qyolo_deploy.stages import sensitivity as work
+    from qyolo_deploy.stages.sensitivity_files import write_sensitivity
+
+    with Reporter(quiet).progress("sensitivity") as tick:
+        found = work.sensitivity(build, data, images, metric, tick)  # type: ignore[arg-type]
+    files = write_sensitivity(found, out or build / "sensitivity")
+    lines = work.override_lines(found, worst)
+    if not quiet:
+        _print(
+            *work.sensitivity_table(found), [f"all {len(found.costs)} of them: {files[1]}, plot: {files[2]}", *lines]
+        )
+    if as_json:
+        print(json.dumps({**found.to_json(), "overrides": lines, "files": [str(file) for file in files]}))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.console import Tick
-from qyolo_deploy.data.dataset import find_input, load_dataset
+from qyolo_deploy.data.dataset import find_input, load_dataset, take_images
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.data.records import DetectionDataset
@@ -55,10 +55,9 @@ def compare(
     """
     views = open_view(str(reference)), open_view(str(compared))
     size, rect = _size(views, imgsz)
-    chosen = spread(load_dataset(find_input(data), split), images)
-    total = len(chosen)
-    tensors = prepared(chosen, size, rect)
-    return compare_sources(views[0], views[1], tensors, total, threshold_db, progress)
+    dataset = load_dataset(find_input(data), split)
+    chosen = take_images(dataset, spread(dataset, images))
+    return compare_sources(*views, prepared(chosen, size, rect), len(chosen), threshold_db, progress)
 
 
 def compare_sources(
@@ -140,22 +139,22 @@ def _size(views: Sequence[TensorSource], imgsz: int | None) -> tuple[int, bool]:
     return imgsz or next(iter(known), _DEFAULT_IMGSZ), True
 
 
-def spread(dataset: DetectionDataset, count: int) -> list[Path]:
-    """So many images of a split, evenly spread.
+def spread(dataset: DetectionDataset, count: int) -> list[int]:
+    """Indices of so many images of a split, evenly spread.
 
     Raises:
         InputError: If none is asked for.
     """
     if count < 1:
         raise InputError(f"images is {count}, expected at least 1")
-    chosen = np.linspace(0, len(dataset) - 1, num=min(count, len(dataset)), dtype=int)
-    return [dataset.images[index].path for index in chosen]
+    chosen: list[int] = np.linspace(0, len(dataset) - 1, num=min(count, len(dataset)), dtype=int).tolist()
+    return chosen
 
 
-def prepared(paths: Iterable[Path], imgsz: int, rect: bool) -> Iterator[NDArray[np.float32]]:
+def prepared(dataset: DetectionDataset, imgsz: int, rect: bool) -> Iterator[NDArray[np.float32]]:
     """Images as networks take them, one by one: float32 `[1, 3, H, W]` in 0..1."""
-    for path in paths:
-        yield to_tensor(letterbox(read_image(path), imgsz, _STRIDE, rect)[0])
+    for image in dataset.images:
+        yield to_tensor(letterbox(read_image(image.path), imgsz, _STRIDE, rect)[0])
 
 
 def parity_table(parity: Parity) -> tuple[list[str], list[list[str]]]:

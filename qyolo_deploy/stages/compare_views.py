@@ -96,12 +96,17 @@ def _of_build(folder: Path, view: str) -> TensorSource:
     if view not in engines:
         known = [FLOAT, FAKE_QUANTIZED, *(name for name in engines if name != FLOAT)]
         raise InputError(f"{label}: expected one of {', '.join(known)} behind {_SEPARATOR}")
-    engine = folder / engines[view]
+    source = open_engine_view(label, folder / engines[view])
+    if source is None:
+        raise InputError(f"{label}: there is no looking inside engines of this kind")
+    return source
+
+
+def open_engine_view(label: str, engine: Path) -> TensorSource | None:
+    """An engine of a build; None if it is of a kind that cannot be looked into."""
     if engine.suffix == ".onnx":
         return _onnx(label, engine)
-    if engine.name.endswith(OPENVINO_SUFFIX):
-        return _openvino(label, engine)
-    raise InputError(f"{label}: there is no looking inside engines of {view}")
+    return _openvino(label, engine) if engine.name.endswith(OPENVINO_SUFFIX) else None
 
 
 def _imgsz_of(folder: Path) -> int:
@@ -111,24 +116,28 @@ def _imgsz_of(folder: Path) -> int:
 
 
 def _onnx(label: str, path: Path) -> TensorSource:
-    source: TensorSource = _load("tensors_onnx", label).OnnxTensors(label, path)
+    source: TensorSource = build_side("tensors_onnx", label).OnnxTensors(label, path)
     return source
 
 
 def _openvino(label: str, path: Path, precision_hint: str = "f32") -> TensorSource:
-    source: TensorSource = _load("tensors_openvino", label).OpenVinoTensors(label, path, precision_hint)
+    source: TensorSource = build_side("tensors_openvino", label).OpenVinoTensors(label, path, precision_hint)
     return source
 
 
 def _of_checkpoint(label: str, path: Path, imgsz: int | None) -> TensorSource:
-    source: TensorSource = _load("tensors_torch", label).checkpoint_tensors(label, path, imgsz)
+    source: TensorSource = build_side("tensors_torch", label).checkpoint_tensors(label, path, imgsz)
     return source
 
 
-def _load(module: str, label: str) -> Any:
-    """A module of the build side, which only views that need it import."""
+def build_side(module: str, what: str) -> Any:
+    """A module of `stages` that needs packages of the build side, imported only by who asks for it.
+
+    Raises:
+        RuntimeMissingError: One of them is not installed.
+    """
     try:
         return import_module(f"qyolo_deploy.stages.{module}")
     except ModuleNotFoundError as error:
-        message = f"{label}: looking inside needs the package '{error.name}', which is not installed"
+        message = f"{what}: needs the package '{error.name}', which is not installed"
         raise RuntimeMissingError(message, hint='pip install "qyolo_deploy[build]"') from error
