@@ -5,6 +5,8 @@ The functions behind the commands, imported when they are first used:
 * `build(recipe, settings=(), data=None, out="runs")`: recipe to release.
 * `run_matrix(file)`: many builds of one recipe as a table.
 * `validate(engine, data)`: COCO mAP and latency of any engine file.
+* `compare(one_view, other_view, data)`: two views of a model tensor by tensor.
+* `sensitivity(build, data)`: what the quantization of each tensor alone costs.
 * `verify_release(path)`: proof that a release is whole and unchanged.
 * `create_calibration_set(data, out, CalibrationChoice(images=128))`, `verify_calibration_set(path, data)`,
   `read_calibration_set(path)`: calibration subsets as data.
@@ -28,6 +30,9 @@ _HOMES = {
     "run_matrix": "qyolo_deploy.matrix.run",
     "validate": "qyolo_deploy.validate.run",
     "EvalReport": "qyolo_deploy.validate.report",
+    "compare": "qyolo_deploy.stages.compare",
+    "sensitivity": "qyolo_deploy.stages.sensitivity",
+    "Parity": "qyolo_deploy.validate.parity",
     "verify_release": "qyolo_deploy.release.verify",
     "create_calibration_set": "qyolo_deploy.stages.calibration",
     "verify_calibration_set": "qyolo_deploy.stages.calibration",

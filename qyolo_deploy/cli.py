@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qyolo_deploy import cli_bench, cli_calibration, cli_engine
+from qyolo_deploy import cli_bench, cli_calibration, cli_compare, cli_engine
 from qyolo_deploy._version import __version__
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
@@ -35,6 +35,8 @@ app.add_typer(demo_app, name="demo")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_calibration.app, name="calibration")
 app.add_typer(cli_engine.app, name="engine")
+app.command()(cli_compare.compare)
+app.command()(cli_compare.sensitivity)
 
 Device = Annotated[str, typer.Option(help="What training computes on: auto, cpu, cuda or cuda:<index>.")]
 Settings = Annotated[

@@ -68,7 +68,7 @@ STAGES = (
     ),
     Stage(
         "validate",
-        7,
+        8,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),

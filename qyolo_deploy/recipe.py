@@ -314,6 +314,9 @@ class ValidateSection(Section):
     max_det: Positive = 300
     rect: bool = Field(True, description="Letterbox to multiples of 32 instead of a square")
     latency_runs: Positive = 50
+    parity_images: Annotated[int, Field(ge=0)] = Field(
+        2, description="Images on which each engine is compared with the fake-quantized model layer by layer"
+    )
 
     @property
     def letterbox(self) -> Literal["rect", "square"]:
@@ -327,7 +330,7 @@ class Gate(Section):
     Attributes:
         view: The report's name, such as `onnxruntime`.
         metric: Where the number stands in the report's JSON, such as `map50_95`, `latency_ms.p50`,
-            `size_bytes`, `per_class.person`. Accuracies are fractions.
+            `size_bytes`, `per_class.person`, `parity.min_sqnr_db`, `parity.differing`. Accuracies are fractions.
         op: How the value must relate to the bound.
         bound: In the unit of the metric, or a ratio.
         relative_to: Another view; the value is then not the number itself but its relation to the other's.

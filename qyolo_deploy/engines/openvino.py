@@ -86,7 +86,9 @@ class OpenVinoRunner:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
             model = _core().read_model(xml)
-            self._compile = partial(_core().compile_model, model, "CPU", options)
+            self._open = partial(_core().read_model, xml)
+            self.compile = partial(_core().compile_model, device_name="CPU", config=options)
+            self._compile = partial(self.compile, model)
             self._profiled = partial(_core().compile_model, model, "CPU", options | {"PERF_COUNT": "YES"})
             self._compiled = self._compile()
         except RuntimeError as error:
@@ -103,6 +105,10 @@ class OpenVinoRunner:
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
         )
+
+    def open_again(self) -> Any:
+        """The `openvino.Model` once more, to be changed and given to `compile`, which takes the runner's options."""
+        return self._open()
 
     def profile(self, images: NDArray[np.float32], runs: int = 9) -> list[Kernel]:
         """The kernels that run, with their times; images float32 `[N, 3, H, W]`, times are medians over the runs."""

@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.parity import engines_parity
 from qyolo_deploy.stages.tensorrt import BUILT, tensorrt_notes
 from qyolo_deploy.stages.views import TorchRunner, sqnr_db
 from qyolo_deploy.validate.detections import decode
@@ -86,8 +87,12 @@ def run(context: StageContext) -> StageOutput:
                 latency_ms=latencies.get(view),
                 progress=tick,
             )
+    parity = engines_parity(context, dataset)
+    for view, found in parity.items():
+        reports[view] = replace(reports[view], parity=found.summary())
     results = check_gates(recipe.gates, reports)
     report = _compose(context, reports, results)
+    report["parity"] = _short({view: found.to_json() for view, found in parity.items()})
     report["samples"] = _samples(engines[measured[0]], dataset, settings)
     files = [context.folder / "report.json", context.folder / "report.html"]
     write_atomic(files[0], json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))

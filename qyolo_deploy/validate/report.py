@@ -29,6 +29,7 @@ class EvalReport:
         size_bytes: Of the engine's files.
         latency_ms: `p50` and `p95`.
         digests: sha256 by what it is of (engine, data).
+        parity: `min_sqnr_db` and `differing` of the layers against the fake-quantized model, and of how many `images`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class EvalReport:
     size_bytes: int | None
     latency_ms: dict[str, float] | None
     digests: dict[str, str]
+    parity: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         for key, value in {**self.thresholds, **(self.latency_ms or {})}.items():

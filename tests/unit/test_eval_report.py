@@ -26,7 +26,12 @@ def report(**change):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"precision_hint": None, "size_bytes": None, "latency_ms": None, "digests": {}}]
+    "change",
+    [
+        {},
+        {"parity": {"min_sqnr_db": 41.5, "images": 2}},
+        {"precision_hint": None, "size_bytes": None, "latency_ms": None, "digests": {}},
+    ],
 )
 def test_report_survives_json(change):
     original = report(**change)
@@ -46,6 +51,7 @@ def test_json_is_flat():
             "size_bytes",
             "latency_ms",
             "digests",
+            "parity",
         ),
         "per_class",
     ]
