@@ -10,6 +10,7 @@ from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import Runner, engine_files, open_engine
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.validate.coco_map import Evaluator
 from qyolo_deploy.validate.evaluate import DetectorRunner, EvalSettings, evaluate
 from qyolo_deploy.validate.latency import measure_latency
 from qyolo_deploy.validate.report import EvalReport
@@ -28,6 +29,7 @@ def validate(
     max_det: int = 300,
     split: str = "val",
     precision_hint: str = "f32",
+    evaluator: Evaluator = "faster",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalReport:
     """Measures COCO mAP and latency of an engine file.
@@ -41,6 +43,7 @@ def validate(
         max_det: Detections kept of an image.
         split: Split of the dataset.
         precision_hint: OpenVINO's inference precision.
+        evaluator: Implementation of COCO's metrics.
         progress: Called with images done and in total.
 
     Raises:
@@ -53,8 +56,16 @@ def validate(
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
     latency = measure_latency(runner, example, LATENCY_WARMUP, LATENCY_RUNS).to_json()
     digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
+    detector = open_engine(runner.path, precision_hint, conf, mode="throughput")
     return evaluate_view(
-        runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
+        runner.runtime,
+        detector,
+        dataset,
+        settings,
+        latency_ms=latency,
+        digests=digests,
+        progress=progress,
+        evaluator=evaluator,
     )
 
 
@@ -97,6 +108,7 @@ def evaluate_view(
     digests: dict[str, str],
     latency_ms: dict[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    evaluator: Evaluator = "faster",
 ) -> EvalReport:
     """Evaluates one view of a model and puts everything known about it into a report.
 
@@ -108,8 +120,9 @@ def evaluate_view(
         digests: sha256 by what it is of.
         latency_ms: p50 and p95, if measured.
         progress: Called with images done and in total.
+        evaluator: Implementation of COCO's metrics.
     """
-    metrics, _ = evaluate(runner, dataset, settings, progress=progress)
+    metrics, _ = evaluate(runner, dataset, settings, progress=progress, evaluator=evaluator)
     path = getattr(runner, "path", None)
     return EvalReport(
         name=name,
