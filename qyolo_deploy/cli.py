@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -193,6 +193,9 @@ def validate(
     conf: Annotated[float, typer.Option(help="Scores above it count.")] = 0.001,
     iou: Annotated[float, typer.Option(help="Threshold of the non-maximum suppression.")] = 0.6,
     precision_hint: Annotated[str, typer.Option(help="OpenVINO: f32 or bf16.")] = "f32",
+    evaluator: Annotated[
+        Literal["faster", "pycocotools"], typer.Option(help="faster-coco-eval, or the reference: the same figures.")
+    ] = "faster",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -200,7 +203,16 @@ def validate(
     from qyolo_deploy.validate.run import validate as run_validate
 
     with Reporter(quiet).progress(f"validating {engine.name}") as tick:
-        report = run_validate(engine, data, imgsz, conf, iou, precision_hint=precision_hint, progress=tick).to_json()
+        report = run_validate(
+            engine,
+            data,
+            imgsz,
+            conf,
+            iou,
+            precision_hint=precision_hint,
+            evaluator=evaluator,
+            progress=tick,
+        ).to_json()
     if not quiet:
         stdout().print(_views_table([report]))
     if as_json:

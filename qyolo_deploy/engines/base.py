@@ -1,8 +1,9 @@
 """What every engine offers: the protocol of a loaded one, and opening any engine file."""
 
 import ast
+import os
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,10 @@ from qyolo_deploy.engines.heads import METADATA_KEY, Head
 from qyolo_deploy.errors import InputError
 
 OPENVINO_SUFFIX = "_openvino_model"
+_MOST_PARALLEL = 8
+
+Mode = Literal["latency", "throughput"]
+"""What an engine is opened for: one image as soon as possible, or several at a time, each on a part of the cores."""
 
 
 class Runner(Protocol):
@@ -22,6 +27,7 @@ class Runner(Protocol):
         imgsz: Height and width if they are fixed, else None.
         trained_imgsz: The longer side that the file's metadata names, if it does.
         names: Class names in the file's metadata; empty where it has none.
+        parallel: Calls, each from a thread of its own, that it computes at the same time; 1 in the mode `latency`.
     """
 
     path: Path
@@ -29,6 +35,7 @@ class Runner(Protocol):
     imgsz: tuple[int, int] | None
     trained_imgsz: int | None
     names: tuple[str, ...]
+    parallel: int
 
     @property
     def precision_hint(self) -> str | None:
@@ -37,11 +44,18 @@ class Runner(Protocol):
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Float32 `[N, 3, H, W]` in 0..1 to `output0`, float32 `[N, 4 + nc, A]`.
 
-        A is the number of anchors, or of candidates where the runner decodes these alone.
+        A is the number of anchors, or of candidates where the runner decodes these alone. The array is the caller's
+        to keep: no later call changes it.
         """
 
 
-def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, threads: int | None = None) -> Runner:
+def open_engine(
+    path: Path,
+    precision_hint: str = "f32",
+    conf: float = 0.001,
+    threads: int | None = None,
+    mode: Mode = "latency",
+) -> Runner:
     """Loads an engine file of any kind.
 
     Args:
@@ -49,6 +63,7 @@ def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, th
         precision_hint: For OpenVINO; `f32` computes what the file says, `bf16` may be faster.
         conf: Of engines that end at raw head maps, only candidates with a score above it are decoded.
         threads: Of the CPU that compute; by default the runtime's choice.
+        mode: Whether it serves one call at a time, or several.
 
     Raises:
         InputError: If there is no such file, it is of no known kind, or it cannot be loaded.
@@ -59,16 +74,28 @@ def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, th
     if path.suffix == ".onnx":
         from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
 
-        return OnnxRuntimeRunner(path, conf, threads)
+        return OnnxRuntimeRunner(path, conf, threads, mode)
     if path.suffix == ".xml" or path.is_dir():
         from qyolo_deploy.engines.openvino import OpenVinoRunner
 
-        return OpenVinoRunner(path, precision_hint, conf, threads)
+        return OpenVinoRunner(path, precision_hint, conf, threads, mode)
     if path.suffix in (".engine", ".plan"):
         from qyolo_deploy.engines.tensorrt import TensorRtRunner
 
         return TensorRtRunner(path, conf)
     raise InputError(f"{path}: expected an .onnx, .engine or .plan file, an OpenVINO .xml or the folder that holds one")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(threads: int | None) -> tuple[int, int]:
+    """How many calls to compute at a time, and with how many threads each, for the most images a second."""
+    cores = threads or available_cores()
+    parallel = min(cores, _MOST_PARALLEL)
+    return parallel, cores // parallel
 
 
 def engine_files(path: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
+from qyolo_deploy.engines.base import Mode, parse_head, parse_imgsz, parse_names, share_cores
 from qyolo_deploy.engines.heads import METADATA_KEY
 from qyolo_deploy.errors import InputError
 
@@ -27,6 +27,7 @@ class OnnxRuntimeRunner:
         path: The file.
         conf: See `open_engine`.
         threads: See `open_engine`.
+        mode: See `open_engine`.
 
     Raises:
         InputError: If the file cannot be loaded or is not a detector's.
@@ -35,8 +36,10 @@ class OnnxRuntimeRunner:
     runtime = "onnxruntime"
     precision_hint = None
 
-    def __init__(self, path: Path, conf: float = 0.001, threads: int | None = None) -> None:
+    def __init__(self, path: Path, conf: float = 0.001, threads: int | None = None, mode: Mode = "latency") -> None:
         self.path, self._conf = path, conf
+        # A session on one thread computes in the thread that calls it, so that calls share nothing but the weights.
+        self.parallel, threads = share_cores(threads) if mode == "throughput" else (1, threads)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0  # 0 is the runtime's choice

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from qyolo_deploy.engines.base import parse_head, parse_imgsz, parse_names
+from qyolo_deploy.engines.base import Mode, parse_head, parse_imgsz, parse_names
 from qyolo_deploy.engines.heads import METADATA_KEY
 from qyolo_deploy.engines.openvino_kernels import Kernel, profile_kernels
 from qyolo_deploy.errors import InputError, RuntimeMissingError
@@ -67,6 +68,7 @@ class OpenVinoRunner:
         precision_hint: `f32` or `bf16`; machines with AMX take bf16 by themselves, which is no parity.
         conf: See `open_engine`.
         threads: See `open_engine`.
+        mode: See `open_engine`.
 
     Raises:
         InputError: If the files are not there or cannot be loaded.
@@ -76,12 +78,17 @@ class OpenVinoRunner:
     runtime = "openvino"
 
     def __init__(
-        self, path: Path, precision_hint: str = "f32", conf: float = 0.001, threads: int | None = None
+        self,
+        path: Path,
+        precision_hint: str = "f32",
+        conf: float = 0.001,
+        threads: int | None = None,
+        mode: Mode = "latency",
     ) -> None:
         openvino = import_openvino()
         self.path, self.precision_hint, self._conf = path, precision_hint, conf
         xml = _xml_of(path)
-        options: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": "LATENCY"}
+        options: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": precision_hint, "PERFORMANCE_HINT": mode.upper()}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
         try:
@@ -90,7 +97,10 @@ class OpenVinoRunner:
             self.compile = partial(_core().compile_model, device_name="CPU", config=options)
             self._compile = partial(self.compile, model)
             self._profiled = partial(_core().compile_model, model, "CPU", options | {"PERF_COUNT": "YES"})
-            self._compiled = self._compile()
+            compiled = self._compile()
+            several = mode == "throughput"
+            self.parallel = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS") if several else 1
+            self._requests = _requests(compiled, self.parallel)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{xml}: OpenVINO {openvino.__version__} cannot load it ({reason})") from error
@@ -116,16 +126,28 @@ class OpenVinoRunner:
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the compiled model."""
+        requests = self._requests
+        request = requests.get()
         try:
-            outputs = self._compiled(images)
+            outputs = request.infer(images, share_inputs=True)
         except RuntimeError as error:
             # The plugin keeps shapes of the run that failed, and would then refuse images of the size before it.
-            self._compiled = self._compile()
+            self._requests = _requests(self._compile(), self.parallel)
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
+        finally:
+            requests.put(request)
         if self._head is None:
             return np.asarray(outputs[0], np.float32)
         return self._head.decode([np.asarray(outputs[index], np.float32) for index in range(len(outputs))], self._conf)
+
+
+def _requests(compiled: Any, count: int) -> SimpleQueue[Any]:
+    """Inference requests of a compiled model; each serves one call at a time."""
+    requests: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(count):
+        requests.put(compiled.create_infer_request())
+    return requests
 
 
 def _xml_of(path: Path) -> Path:

@@ -32,6 +32,7 @@ class TensorRtRunner:
 
     runtime = "tensorrt"
     precision_hint = None
+    parallel = 1
 
     def __init__(self, path: Path, conf: float = 0.001) -> None:
         self.path, self._conf = path, conf

@@ -76,8 +76,9 @@ def run(context: StageContext) -> StageOutput:
                 runner: Any = _fake_quantized(context)
                 digests["model"] = sha256_file(context.folder / "correct" / "model.safetensors")
             else:
-                runner = engines[view]
-                digests["engine"] = digest_engine(runner.path)
+                path = engines[view].path
+                runner = open_engine(path, conf=recipe.validate_.conf, mode="throughput")
+                digests["engine"] = digest_engine(path)
             reports[view] = evaluate_view(
                 view,
                 runner,

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.validate.results import ResultTable
 
-Evaluator = Literal["faster-coco-eval", "pycocotools"]
-CocoResult = dict[str, Any]
-"""One detection: `image_id`, `category_id`, `bbox` (x, y, width, height in pixels of the image), `score`."""
-
+Evaluator = Literal["faster", "pycocotools"]
 _AREAS = ("all", "small", "medium", "large")
+_GROUP = 200_000
+"""Detections that evaluators, which want a dict of each, are given at a time."""
+
 _IOU_50, _IOU_75 = 0, 5
 """Places of IoU 0.5 and 0.75 among COCO's thresholds 0.50, 0.55 ... 0.95."""
 
@@ -53,9 +54,9 @@ class CocoMetrics:
 def coco_map(
     dataset_ground_truth: Mapping[str, Any],
     category_ids: Sequence[int],
-    results: Sequence[CocoResult],
+    results: ResultTable,
     image_ids: Sequence[int],
-    evaluator: Evaluator = "faster-coco-eval",
+    evaluator: Evaluator = "faster",
 ) -> CocoMetrics:
     """Compute COCO's average precisions of boxes.
 
@@ -65,9 +66,9 @@ def coco_map(
         dataset_ground_truth: In COCO format: `images`, `annotations`, `categories`. Crowd regions neither
             count as objects nor make false positives.
         category_ids: The categories that count.
-        results: Detections in COCO's result format; those of other images or categories do not count.
+        results: Detections; those of other images or categories do not count.
         image_ids: The images that count, with and without annotated objects.
-        evaluator: `pycocotools` is the reference, `faster-coco-eval` gives the same figures faster.
+        evaluator: `pycocotools` is the reference, `faster` (faster-coco-eval) gives the same figures sooner.
 
     Raises:
         InputError: The images hold no annotated object of these categories, so that mAP is undefined.
@@ -81,11 +82,28 @@ def coco_map(
             f"The ground truth has no object of the {len(categories)} categories on the {len(images)} images,"
             " so mAP is not defined."
         )
-    found = {**truth, "annotations": _detections(results)}
     run = _pycocotools if evaluator == "pycocotools" else _faster_coco_eval
-    precision = run(truth, found, sorted(categories), sorted(images))
+    parts = []
+    for group in _groups(results, sorted(categories)):
+        own = {**truth, "annotations": [a for a in truth["annotations"] if a["category_id"] in group]}
+        found = {**truth, "annotations": _detections(results.take(np.isin(results.category_ids, group)))}
+        parts.append(run(own, found, group, sorted(images)))
     names = {c["id"]: c["name"] for c in truth["categories"]}
-    return _metrics(precision, [names[c] for c in sorted(categories)])
+    return _metrics(np.concatenate(parts, axis=2), [names[c] for c in sorted(categories)])
+
+
+def _groups(results: ResultTable, category_ids: list[int]) -> list[list[int]]:
+    """Split the categories, which are evaluated apart, into groups with not too many detections each."""
+    groups: list[list[int]] = [[]]
+    count = 0
+    for category in category_ids:
+        own = int((results.category_ids == category).sum())
+        if groups[-1] and count + own > _GROUP:
+            groups.append([])
+            count = 0
+        groups[-1].append(category)
+        count += own
+    return groups
 
 
 def _ground_truth(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,9 +123,12 @@ def _ground_truth(ground_truth: Mapping[str, Any]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": list(ground_truth["categories"])}
 
 
-def _detections(results: Sequence[CocoResult]) -> list[dict[str, Any]]:
+def _detections(results: ResultTable) -> list[dict[str, Any]]:
     """Complete results to annotations, as the evaluators' `loadRes` does, which fails on an empty list."""
-    return [{**r, "id": i, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0} for i, r in enumerate(results, start=1)]
+    found = results.to_coco()
+    for i, result in enumerate(found, start=1):
+        result |= {"id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+    return found
 
 
 @contextlib.contextmanager

@@ -100,12 +100,12 @@ def nms(boxes: Float32, classes: Int64, iou: float, max_det: int) -> Int64:
     Returns:
         int64 `[k]`, ascending indices of the boxes that stay.
     """
-    exact = boxes.astype(np.float64)
+    pairs = _Pairs(boxes, classes, iou)
     kept = np.empty(0, np.int64)
     for start in range(0, len(boxes), _BLOCK):
         block = np.arange(start, min(start + _BLOCK, len(boxes)))
-        rivals = _overlaps(exact, classes, kept, block, iou).any(axis=0)
-        kept = np.concatenate((kept, _greedy(exact, classes, block[~rivals], iou)))
+        free = block[~pairs.overlaps(kept, block).any(axis=0)]
+        kept = np.concatenate((kept, _greedy(free, pairs.overlaps(free, free))))
         if len(kept) >= max_det:
             break
     return kept[:max_det]
@@ -113,14 +113,14 @@ def nms(boxes: Float32, classes: Int64, iou: float, max_det: int) -> Int64:
 
 def _candidates(scores: Float32, conf: float, multi_label: bool) -> tuple[Int64, Int64, Float32]:
     """Return classes, anchors and scores of the entries of `[nc, A]` above the threshold, in memory order."""
+    # Few anchors have any such entry, and finding each one's best is the fastest way through all of them.
+    likely = np.flatnonzero(scores.max(axis=0) > conf)
+    scores = scores[:, likely]
     if multi_label:
-        flat = np.flatnonzero(scores > conf)
-        classes, anchors = np.divmod(flat, scores.shape[1])
+        classes, columns = np.nonzero(scores > conf)
     else:
-        best = scores.argmax(axis=0)
-        anchors = np.flatnonzero(scores.max(axis=0) > conf)
-        classes = best[anchors]
-    return classes, anchors, scores[classes, anchors]
+        classes, columns = scores.argmax(axis=0), np.arange(len(likely))
+    return classes, likely[columns], scores[classes, columns]
 
 
 def _best_first(scores: Float32, limit: int) -> Int64:
@@ -132,25 +132,36 @@ def _best_first(scores: Float32, limit: int) -> Int64:
     return among[np.argsort(-scores[among], kind="stable")[:limit]]
 
 
-def _overlaps(boxes: Float64, classes: Int64, rows: Int64, columns: Int64, iou: float) -> npt.NDArray[np.bool_]:
-    """Return bool `[rows, columns]`: the same class and an IoU above the threshold."""
-    result: npt.NDArray[np.bool_] = classes[rows][:, None] == classes[columns]
-    # Most pairs differ in class, so IoU is worth computing for the others only.
-    i, j = np.nonzero(result)
-    a, b = boxes[rows[i]].T, boxes[columns[j]].T
-    # Boxes without area (0 / 0) and infinite ones give NaN, which is above no threshold.
-    with np.errstate(invalid="ignore", divide="ignore"):
-        width = np.minimum(a[2], b[2]) - np.maximum(a[0], b[0])
-        height = np.minimum(a[3], b[3]) - np.maximum(a[1], b[1])
-        intersection = width.clip(0) * height.clip(0)
-        union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - intersection
-        result[i, j] = intersection / union > iou
-    return result
+class _Pairs:
+    """Boxes of which pairs are compared; see `nms`."""
+
+    def __init__(self, boxes: Float32, classes: Int64, iou: float) -> None:
+        self._corners = np.ascontiguousarray(boxes.T, np.float64)
+        x1, y1, x2, y2 = self._corners
+        # Boxes of infinite size give NaN, which is above no threshold.
+        with np.errstate(invalid="ignore"):
+            self._areas = (x2 - x1) * (y2 - y1)
+        self._classes, self._iou = classes.astype(np.int32), iou
+
+    def overlaps(self, rows: Int64, columns: Int64) -> npt.NDArray[np.bool_]:
+        """Return bool `[rows, columns]`: the same class and an IoU above the threshold."""
+        result: npt.NDArray[np.bool_] = self._classes[rows][:, None] == self._classes[columns]
+        # Most pairs differ in class, so IoU is worth computing for the others only.
+        flat = np.flatnonzero(result)
+        i, j = np.divmod(flat.astype(np.int32), np.int32(max(len(columns), 1)))
+        a, b = rows[i], columns[j]
+        x1, y1, x2, y2 = self._corners
+        with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 for boxes without area
+            width = np.minimum(x2[a], x2[b]) - np.maximum(x1[a], x1[b])
+            height = np.minimum(y2[a], y2[b]) - np.maximum(y1[a], y1[b])
+            intersection = width.clip(0) * height.clip(0)
+            union = self._areas[a] + self._areas[b] - intersection
+            result.ravel()[flat] = intersection / union > self._iou
+        return result
 
 
-def _greedy(boxes: Float64, classes: Int64, block: Int64, iou: float) -> Int64:
+def _greedy(block: Int64, overlaps: npt.NDArray[np.bool_]) -> Int64:
     """Return those of a block's boxes (indices, best first) that no better one of the block suppresses."""
-    overlaps = _overlaps(boxes, classes, block, block, iou)
     alive = np.ones(len(block), bool)
     for i in np.flatnonzero(overlaps.sum(axis=1) > 1):
         if alive[i]:

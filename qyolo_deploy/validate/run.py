@@ -10,6 +10,7 @@ from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import Runner, engine_files, open_engine
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.validate.coco_map import Evaluator
 from qyolo_deploy.validate.evaluate import DetectorRunner, EvalSettings, evaluate
 from qyolo_deploy.validate.latency import measure_latency
 from qyolo_deploy.validate.report import EvalReport
@@ -28,6 +29,7 @@ def validate(
     max_det: int = 300,
     split: str = "val",
     precision_hint: str = "f32",
+    evaluator: Evaluator = "faster",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalReport:
     """Measures COCO mAP and latency of an engine file.
@@ -41,6 +43,7 @@ def validate(
         max_det: Detections kept of an image.
         split: Split of the dataset.
         precision_hint: OpenVINO's inference precision.
+        evaluator: Implementation of COCO's metrics.
         progress: Called with images done and in total.
 
     Raises:
@@ -57,6 +60,7 @@ def validate(
         iou=iou,
         max_det=max_det,
         data_digest=digest_dataset(dataset),
+        evaluator=evaluator,
         progress=progress,
     )
 
@@ -73,6 +77,7 @@ def validate_with(
     rect: bool = True,
     latency_runs: int = LATENCY_RUNS,
     name: str | None = None,
+    evaluator: Evaluator = "faster",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalReport:
     """Measures COCO mAP and latency of a loaded engine; see `validate`.
@@ -88,14 +93,23 @@ def validate_with(
         rect: Padding to multiples of the stride only, where the engine takes it.
         latency_runs: Runs whose times count.
         name: Of the view; by default the runtime's.
+        evaluator: Implementation of COCO's metrics.
         progress: Called with images done and in total.
     """
     settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det, rect=rect)
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
     latency = measure_latency(runner, example, LATENCY_WARMUP, latency_runs).to_json()
-    digests = {"engine": digest_engine(runner.path), "data": data_digest}
+    if runner.runtime != "tensorrt":  # a GPU is not shared by calls, and engines fill its memory
+        runner = open_engine(runner.path, runner.precision_hint or "f32", conf, mode="throughput")
     return evaluate_view(
-        name or runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
+        name or runner.runtime,
+        runner,
+        dataset,
+        settings,
+        latency_ms=latency,
+        digests={"engine": digest_engine(runner.path), "data": data_digest},
+        progress=progress,
+        evaluator=evaluator,
     )
 
 
@@ -138,6 +152,7 @@ def evaluate_view(
     digests: dict[str, str],
     latency_ms: dict[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    evaluator: Evaluator = "faster",
 ) -> EvalReport:
     """Evaluates one view of a model and puts everything known about it into a report.
 
@@ -149,8 +164,9 @@ def evaluate_view(
         digests: sha256 by what it is of.
         latency_ms: p50 and p95, if measured.
         progress: Called with images done and in total.
+        evaluator: Implementation of COCO's metrics.
     """
-    metrics, _ = evaluate(runner, dataset, settings, progress=progress)
+    metrics, _ = evaluate(runner, dataset, settings, progress=progress, evaluator=evaluator)
     path = getattr(runner, "path", None)
     return EvalReport(
         name=name,

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,6 +195,17 @@ class TestEngine:
     def test_a_single_thread_gives_the_same(self, engine, built):
         images = some_images(1, 3, 64, 96)
         np.testing.assert_allclose(open_engine(built["open"], threads=1)(images), engine(images), rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("shapes", ["open", "fixed"])
+    def test_many_threads_at_a_time_get_what_one_gets(self, built, shapes):
+        several, alone = open_engine(built[shapes], threads=2, mode="throughput"), open_engine(built[shapes])
+        assert alone.parallel == 1 and several.parallel >= 1
+        sizes = [(64, 64), (64, 96), (96, 64)] if shapes == "open" else [(64, 64)]
+        images = [some_images(1, 3, *size) + index / 100 for index, size in enumerate(sizes * 8)]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(several, images))
+        for image, output in zip(images, found, strict=True):
+            np.testing.assert_allclose(output, alone(image), rtol=1e-4, atol=1e-3)
 
     def test_views_of_larger_arrays_are_taken_as_they_look(self, engine):
         large = some_images(1, 3, 128, 128)

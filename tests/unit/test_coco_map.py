@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from qyolo_deploy.errors import InputError
-from qyolo_deploy.validate.coco_map import CocoMetrics, coco_map
+from qyolo_deploy.validate import coco_map as coco_map_module
+from qyolo_deploy.validate.coco_map import CocoMetrics
+from qyolo_deploy.validate.results import ResultTable
 
-EVALUATORS = ["faster-coco-eval", "pycocotools"]
+EVALUATORS = ["faster", "pycocotools"]
+
+
+def coco_map(truth, category_ids, results, image_ids, evaluator="faster"):
+    return coco_map_module.coco_map(truth, category_ids, ResultTable.from_coco(results), image_ids, evaluator)
 
 
 def annotation(number, image, category, box, crowd=0):
@@ -116,6 +122,17 @@ def test_both_evaluators_agree_on_real_annotations():
     fast, reference = (coco_map(truth, categories, results, images, e) for e in EVALUATORS)
     assert_same(fast, reference)
     assert 0.1 < reference.map50_95 < 0.95
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS)
+def test_classes_evaluated_in_groups_give_the_same(evaluator, monkeypatch):
+    rng = np.random.default_rng(2)
+    truth = synthetic_truth(rng)
+    results = noisy_results(truth, rng)
+    images = [i["id"] for i in truth["images"]]
+    together = coco_map(truth, (91, 5, 2, 90), results, images, evaluator)
+    monkeypatch.setattr(coco_map_module, "_GROUP", 1)
+    assert coco_map(truth, (91, 5, 2, 90), results, images, evaluator) == together
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS)

@@ -62,11 +62,56 @@ def find_colours(images):
 
 
 def reading_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+    return [t for t in threading.enumerate() if t.name.startswith("evaluate")]
+
+
+class Parallel:
+    """A detector that takes several images at a time, and goes on only when two are there."""
+
+    parallel = 3
+
+    def __init__(self):
+        self._meet, self.threads = threading.Barrier(2, timeout=20), set()
+
+    def __call__(self, images):
+        self.threads.add(threading.get_ident())
+        self._meet.wait()
+        return find_colours(images)
+
+
+def test_a_parallel_detector_is_called_from_several_threads_and_results_keep_their_order(tmp_path):
+    dataset = make_dataset(tmp_path, scenes=dict(zip(range(1, 25), (SCENES[4], SCENES[9]) * 12, strict=True)))
+    runner = Parallel()
+    metrics, results = evaluate(runner, dataset, SETTINGS)
+    expected_metrics, expected = evaluate(find_colours, dataset, SETTINGS)
+    assert results.to_coco() == expected.to_coco()
+    assert metrics == expected_metrics
+    assert 2 <= len(runner.threads) <= 3
+    assert threading.get_ident() not in runner.threads
+
+
+def test_other_detectors_are_called_from_one_thread(tmp_path):
+    threads = set()
+    evaluate(
+        lambda images: (threads.add(threading.get_ident()), find_colours(images))[1], make_dataset(tmp_path), SETTINGS
+    )
+    assert threads == {threading.get_ident()}
+
+
+def test_error_of_a_parallel_detector_ends_the_threads(tmp_path):
+    class Broken:
+        parallel = 2
+
+        def __call__(self, images):
+            raise RuntimeError("engine is gone")
+
+    with pytest.raises(RuntimeError, match="engine is gone"):
+        evaluate(Broken(), make_dataset(tmp_path), SETTINGS)
+    assert reading_threads() == []
 
 
 @pytest.mark.parametrize("rect", [True, False])
-@pytest.mark.parametrize("evaluator", ["faster-coco-eval", "pycocotools"])
+@pytest.mark.parametrize("evaluator", ["faster", "pycocotools"])
 def test_boxes_come_back_where_they_are(tmp_path, rect, evaluator):
     dataset = make_dataset(tmp_path)
     metrics, results = evaluate(find_colours, dataset, EvalSettings(320, rect), evaluator=evaluator)
@@ -77,7 +122,7 @@ def test_boxes_come_back_where_they_are(tmp_path, rect, evaluator):
         for image, (_, *boxes) in SCENES.items()
         for category, box in zip((1, 7), boxes, strict=True)
     ]
-    assert results == expected
+    assert results.to_coco() == expected
 
 
 def test_settings_decide_the_input(tmp_path):
@@ -107,7 +152,7 @@ def test_detections_are_cut_at_the_borders_of_the_image(tmp_path):
     output = np.zeros((1, 6, 21), np.float32)
     output[0, :5, 0] = 160, 100, 1000, 1000, 0.5
     _, results = evaluate(lambda images: output, make_dataset(tmp_path), SETTINGS)
-    assert [r["bbox"] for r in results] == [[0, 0, *size] for size, *_ in SCENES.values()]
+    assert results.boxes.tolist() == [[0, 0, *size] for size, *_ in SCENES.values()]
 
 
 def test_end_to_end_output_is_evaluated(tmp_path):
