@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qyolo_deploy import cli_bench, cli_calibration
+from qyolo_deploy import cli_bench, cli_calibration, cli_release
 from qyolo_deploy._version import __version__
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
@@ -34,6 +34,7 @@ demo_app = typer.Typer(help="See in seconds what the methods do.", no_args_is_he
 app.add_typer(demo_app, name="demo")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_calibration.app, name="calibration")
+app.command()(cli_release.selftest)
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: train.epochs=3", metavar="KEY=VALUE")

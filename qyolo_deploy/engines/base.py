@@ -40,6 +40,9 @@ class Runner(Protocol):
         A is the number of anchors, or of candidates where the runner decodes these alone.
         """
 
+    def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
+        """What the engine itself gives for such images, by name: `output0`, or raw head maps `[N, C, h, w]`."""
+
 
 def open_engine(path: Path, precision_hint: str = "f32", conf: float = 0.001, threads: int | None = None) -> Runner:
     """Loads an engine file of any kind.
