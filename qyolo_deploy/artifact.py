@@ -19,6 +19,7 @@ from qyolo_deploy.errors import IntegrityError
 # A file changed within one clock tick of the file system keeps its timestamp (FAT counts in steps of 2 s),
 # so the digest of a file this fresh is not remembered.
 _FRESH_NS = 2_000_000_000
+_ABILITIES = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
 
 def canonical_json(obj: object) -> str:
@@ -258,13 +259,23 @@ class DigestCache:
         self.save()
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of the processor; virtual machines often tell no more than its family."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model")))
     return next(names, platform.processor())
+
+
+def cpu_abilities() -> tuple[str, ...]:
+    """Which of the processor's abilities that decide about integer kernels are there; empty where unknown."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return ()
+    return tuple(ability for ability in _ABILITIES if ability in words)
 
 
 def environment_fingerprint(packages: Sequence[str]) -> dict[str, str]:
@@ -277,7 +288,7 @@ def environment_fingerprint(packages: Sequence[str]) -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "machine": platform.machine(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
     }
     return fingerprint | package_versions(packages)
 

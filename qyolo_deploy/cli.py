@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qyolo_deploy import cli_bench, cli_calibration, cli_compare, cli_engine
+from qyolo_deploy import cli_bench, cli_calibration, cli_compare, cli_engine, cli_release
 from qyolo_deploy._version import __version__
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
@@ -37,6 +37,7 @@ app.add_typer(cli_calibration.app, name="calibration")
 app.add_typer(cli_engine.app, name="engine")
 app.command()(cli_compare.compare)
 app.command()(cli_compare.sensitivity)
+app.command()(cli_release.selftest)
 
 Device = Annotated[str, typer.Option(help="What training computes on: auto, cpu, cuda or cuda:<index>.")]
 Settings = Annotated[

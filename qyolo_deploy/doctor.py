@@ -9,6 +9,7 @@ from functools import partial
 from typing import Literal
 
 from qyolo_deploy._version import __version__
+from qyolo_deploy.artifact import cpu_abilities
 from qyolo_deploy.engines.requirements import MINIMUM, version_numbers
 from qyolo_deploy.engines.tensorrt_runtime import Flavor, find_device, import_tensorrt
 from qyolo_deploy.errors import RuntimeMissingError
@@ -58,13 +59,7 @@ def _python() -> Finding:
 
 
 def _cpu() -> Finding:
-    known = ("avx2", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            words = set(file.read().split())
-    except OSError:
-        words = set()
-    abilities = [flag for flag in known if flag in words]
+    abilities = cpu_abilities()
     return Finding("cpu", "ok", "", ", ".join(abilities) or "abilities unknown", "", "int8 speed")
 
 

@@ -22,6 +22,12 @@ class GateFailedError(QyoloError):
     exit_code = 1
 
 
+class SelftestError(QyoloError):
+    """An engine computes something else here than the release says."""
+
+    exit_code = 1
+
+
 class InputError(QyoloError):
     """A recipe, dataset, checkpoint, engine file or argument is not usable."""
 

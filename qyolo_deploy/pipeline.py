@@ -75,7 +75,7 @@ STAGES = (
     ),
     Stage(
         "release",
-        1,
+        2,
         "release",
         ("name", "release"),
         ("data", "float", "train", "correct", "export", "validate"),

@@ -358,6 +358,11 @@ class ReleaseSection(Section):
 
     version: str = "1.0.0"
     license: str = Field("AGPL-3.0-or-later", description="Licence of the released model")
+    golden_images: Literal["generated", "validation"] = Field(
+        "generated",
+        description="Inputs of the golden vectors: generated scenes, which carry nobody's rights, or images of the "
+        "validation split, which are then passed on with the release",
+    )
 
 
 class Recipe(Section):

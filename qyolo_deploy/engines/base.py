@@ -48,6 +48,9 @@ class Runner(Protocol):
         to keep: no later call changes it.
         """
 
+    def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
+        """What the engine itself gives for such images, by name: `output0`, or raw head maps `[N, C, h, w]`."""
+
 
 def open_engine(
     path: Path,

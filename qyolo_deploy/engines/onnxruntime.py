@@ -52,10 +52,11 @@ class OnnxRuntimeRunner:
         if len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].type != "tensor(float)":
             raise InputError(f"{path}: expected one float32 input [N, 3, H, W]")
         self._input = inputs[0].name
+        self._outputs = [output.name for output in self._session.get_outputs()]
         height, width = inputs[0].shape[2:]
         self.imgsz = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self._head = parse_head(path, metadata.get(METADATA_KEY), len(self._session.get_outputs()))
+        self._head = parse_head(path, metadata.get(METADATA_KEY), len(self._outputs))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
@@ -63,9 +64,14 @@ class OnnxRuntimeRunner:
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the session."""
+        outputs = list(self.outputs(images).values())
+        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+
+    def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
+        """Runs the session."""
         try:
-            outputs: list[NDArray[np.float32]] = self._session.run(None, {self._input: images})
+            outputs: list[NDArray[np.float32]] = self._session.run(self._outputs, {self._input: images})
         except (errors.Fail, errors.InvalidArgument, errors.RuntimeException) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
-        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+        return dict(zip(self._outputs, outputs, strict=True))

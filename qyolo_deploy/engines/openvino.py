@@ -104,6 +104,7 @@ class OpenVinoRunner:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{xml}: OpenVINO {openvino.__version__} cannot load it ({reason})") from error
+        self._outputs = [_name_of(output) for output in model.outputs]
         shape = model.inputs[0].partial_shape
         if len(model.inputs) != 1 or len(shape) != 4:
             raise InputError(f"{xml}: expected one input [N, 3, H, W]")
@@ -126,6 +127,11 @@ class OpenVinoRunner:
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the compiled model."""
+        outputs = list(self.outputs(images).values())
+        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+
+    def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
+        """Runs the compiled model."""
         requests = self._requests
         request = requests.get()
         try:
@@ -137,9 +143,12 @@ class OpenVinoRunner:
             raise InputError(f"{self.path}: cannot run on images of shape {images.shape} ({reason})") from error
         finally:
             requests.put(request)
-        if self._head is None:
-            return np.asarray(outputs[0], np.float32)
-        return self._head.decode([np.asarray(outputs[index], np.float32) for index in range(len(outputs))], self._conf)
+        return {name: np.asarray(outputs[index], np.float32) for index, name in enumerate(self._outputs)}
+
+
+def _name_of(output: Any) -> str:
+    names = sorted(output.get_names())  # a file of another tool may have none
+    return str(names[0]) if names else f"output{output.get_index()}"
 
 
 def _requests(compiled: Any, count: int) -> SimpleQueue[Any]:

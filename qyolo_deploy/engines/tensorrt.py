@@ -66,6 +66,11 @@ class TensorRtRunner:
         return inputs[0], outputs
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
+        """Runs on the GPU."""
+        outputs = list(self.outputs(images).values())
+        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+
+    def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
         """Copies the images to the GPU, runs, and copies the outputs back."""
         self._set_shape(images.shape)
         self._buffers.host(self._input)[...] = images
@@ -74,9 +79,8 @@ class TensorRtRunner:
         else:
             self._enqueue()
         self._stream.wait()
-        outputs = [self._buffers.host(name) for name in self._outputs]
-        # The buffers are written again by the next call.
-        return outputs[0].copy() if self._head is None else self._head.decode(outputs, self._conf)
+        # Copied, as the buffers are written again by the next call.
+        return {name: self._buffers.host(name).copy() for name in self._outputs}
 
     def _set_shape(self, shape: _Shape) -> None:
         if self._buffers.has(self._input, shape):

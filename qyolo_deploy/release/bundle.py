@@ -22,13 +22,13 @@ from qyolo_deploy.release.manifest import (
 from qyolo_deploy.strict import validation_message
 
 
-def _check_plan(files: Mapping[str, Path]) -> None:
+def _check_plan(files: Mapping[str, Path | bytes]) -> None:
     for path, source in files.items():
         if reason := check_relative_path(path):
             raise InputError(f"The release cannot hold {path!r}: {reason}.")
         if path == MANIFEST_NAME:
             raise InputError(f"The release cannot hold a file named {MANIFEST_NAME}: that is its manifest.")
-        if not source.is_file():
+        if isinstance(source, Path) and not source.is_file():
             raise InputError(f"{source} is missing, but the release is to ship it as {path!r}.")
     try:
         check_unique(files)
@@ -36,14 +36,14 @@ def _check_plan(files: Mapping[str, Path]) -> None:
         raise InputError(f"The release cannot be written: {error}.") from error
 
 
-def write_release(out: str | os.PathLike[str], files: Mapping[str, Path], info: ReleaseInfo) -> Path:
+def write_release(out: str | os.PathLike[str], files: Mapping[str, Path | bytes], info: ReleaseInfo) -> Path:
     """Copy files into a release folder and write its manifest; the folder appears whole or not at all.
 
     The same files and the same `info` give the same bytes: nothing records the time.
 
     Args:
         out: The folder to write; an older one of that name is replaced.
-        files: Source file by its path in the release, with `/` between parts. What a link points to is
+        files: Source file, or content, by its path in the release, with `/` between parts. What a link points to is
             copied, since a release holds no links.
         info: Everything else that the manifest says.
 
@@ -61,7 +61,11 @@ def write_release(out: str | os.PathLike[str], files: Mapping[str, Path], info: 
         for path in sorted(files):
             copy = folder / path
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files[path], copy)
+            source = files[path]
+            if isinstance(source, bytes):
+                copy.write_bytes(source)
+            else:
+                shutil.copyfile(source, copy)
             entries.append(FileEntry(**asdict(FileRecord.of(folder, path))))
         known = {key: getattr(info, key) for key in type(info).model_fields}
         try:

@@ -5,9 +5,10 @@ from typing import Any
 
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
-from qyolo_deploy.engines.base import engine_files
+from qyolo_deploy.device.selftest import selftest
+from qyolo_deploy.engines.base import engine_files, open_engine
 from qyolo_deploy.engines.requirements import MINIMUM
-from qyolo_deploy.errors import GateFailedError
+from qyolo_deploy.errors import GateFailedError, SelftestError
 from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.bundle import write_release
 from qyolo_deploy.release.manifest import (
@@ -21,8 +22,9 @@ from qyolo_deploy.release.manifest import (
     RecipeRef,
     ReleaseInfo,
 )
-from qyolo_deploy.release.verify import verify_release
+from qyolo_deploy.release.verify import VerifiedRelease, verify_release
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.golden import Subject, choose_pictures, make_golden
 
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy")
 _FORMATS = {
@@ -45,10 +47,36 @@ def run(context: StageContext) -> StageOutput:
     gates = context.artifacts["validate"].info["gates"]
     if failed := [gate for gate in gates if not gate["passed"]]:
         raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {failed[0]['reason']}")
-    files = _files(context)
-    folder = write_release(context.folder / "release", files, _info(context, gates))
+    info = _info(context, gates)
+    files: dict[str, Path | bytes] = {**_files(context), **_golden(context, info)}
+    folder = write_release(context.folder / "release", files, info)
     verified = verify_release(folder)
+    _prove(verified)
     return StageOutput("release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes})
+
+
+def _golden(context: StageContext, info: ReleaseInfo) -> dict[str, bytes]:
+    thresholds, recipe = info.postprocessing, context.recipe
+    subjects = {}
+    for engine in info.engines:
+        path = context.folder / engine.path
+        subjects[engine.view] = Subject(
+            open_engine(path, engine.precision_hint or "f32", thresholds.conf), engine.scheme
+        )
+    source, judge = recipe.release.golden_images, subjects[recipe.export.targets[0]].runner
+    pictures = choose_pictures(source, context.dataset, recipe.model.imgsz, judge, thresholds)
+    return make_golden(subjects, pictures, thresholds, source)
+
+
+def _prove(release: VerifiedRelease) -> None:
+    """Runs the golden vectors as a device will, from the files that it will have.
+
+    Raises:
+        SelftestError: An engine does not repeat itself.
+    """
+    for check in selftest(release):
+        if check.status != "ok":
+            raise SelftestError(f"{release.path}: {check.describe()}")
 
 
 def _files(context: StageContext) -> dict[str, Path]:
