@@ -65,7 +65,7 @@ STAGES = (
     ),
     Stage(
         "validate",
-        7,
+        8,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),

@@ -10,6 +10,7 @@ from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import Runner, engine_files, open_engine
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.validate.coco_map import CocoResult
 from qyolo_deploy.validate.evaluate import DetectorRunner, EvalSettings, evaluate
 from qyolo_deploy.validate.latency import measure_latency
 from qyolo_deploy.validate.report import EvalReport
@@ -55,7 +56,7 @@ def validate(
     digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
     return evaluate_view(
         runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
-    )
+    )[0]
 
 
 def settings_for(
@@ -97,7 +98,7 @@ def evaluate_view(
     digests: dict[str, str],
     latency_ms: dict[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> EvalReport:
+) -> tuple[EvalReport, list[CocoResult]]:
     """Evaluates one view of a model and puts everything known about it into a report.
 
     Args:
@@ -108,10 +109,13 @@ def evaluate_view(
         digests: sha256 by what it is of.
         latency_ms: p50 and p95, if measured.
         progress: Called with images done and in total.
+
+    Returns:
+        The report, and the detections in COCO's result format.
     """
-    metrics, _ = evaluate(runner, dataset, settings, progress=progress)
+    metrics, results = evaluate(runner, dataset, settings, progress=progress)
     path = getattr(runner, "path", None)
-    return EvalReport(
+    report = EvalReport(
         name=name,
         metrics=metrics,
         images=len(dataset),
@@ -123,3 +127,4 @@ def evaluate_view(
         latency_ms=latency_ms,
         digests=digests,
     )
+    return report, results

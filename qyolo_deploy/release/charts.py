@@ -1,0 +1,294 @@
+"""The charts of a report: lines, bars, dots and histograms, drawn by matplotlib.
+
+All are narrow enough to be read on a phone without being scaled down much.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from qyolo_deploy.release.svg import CARD, GRID, INK, OWN, SOFT, draw, mark, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 380.0, 220.0
+_CHAR = 6.2  # mean width of a character at the font's size
+_DOTS = 4.5  # px across the marks of lines with few points
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart: a value, and the text behind its bar."""
+
+    label: str
+    style: str
+    value: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One mark in a row of a dot plot, or in a plane; `low` and `high` are the ends of its interval."""
+
+    label: str
+    style: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One mark in a plane, with its name beside it."""
+
+    label: str
+    style: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line of a chart.
+
+    Args:
+        style: Class that gives the colour.
+        points: x and y, in the order of x; at least one.
+        kind: A line; a line with marks; a dashed one for what the others are compared with.
+        label: Told when the line is pointed at.
+    """
+
+    style: str
+    points: Sequence[tuple[float, float]]
+    kind: Literal["line", "marks", "dashed"] = "line"
+    label: str = ""
+
+
+def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers, evenly spaced, the first <= `low` and the last >= `high`."""
+    from matplotlib.ticker import MaxNLocator
+
+    if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-300):
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    locator = MaxNLocator(nbins=count, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2)
+    return [float(tick) for tick in locator.tick_values(low, high)]
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Write ticks with as many decimals as tell them apart, without zeros at the end."""
+    decimals = max(0, 2 - math.floor(math.log10(ticks[1] - ticks[0])))
+    texts = [f"{round(tick, decimals) + 0.0:.{decimals}f}" for tick in ticks]
+    return [(text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−") for text in texts]
+
+
+def shorten(text: str, length: int) -> str:
+    """Return at most `length` characters of a text."""
+    text = printable(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def trace_chart(
+    traces: Sequence[Trace],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str = "",
+    limits: tuple[float, float] | None = None,
+    size: tuple[float, float] = (WIDTH, HEIGHT),
+) -> str:
+    """Draw traces over common axes, later ones on top.
+
+    Args:
+        traces: At least one.
+        title: Read out in place of the picture.
+        x_label: Stands below the axis.
+        y_label: Stands beside the axis.
+        limits: Both ends of both axes; by default those of the traces.
+        size: In px.
+    """
+    xs, ys = ([point[axis] for trace in traces for point in trace.points] for axis in (0, 1))
+    x_low, x_high = limits or (min(xs), max(xs))
+    y_ticks = round_ticks(*(limits or (min(ys), max(ys))))
+
+    def paint(axes: "Axes") -> None:
+        few = 3 if size[0] < WIDTH else 6
+        x_ticks = [tick for tick in round_ticks(x_low, x_high, few) if x_low - 1e-9 <= tick <= x_high + 1e-9]
+        _frame(axes, (x_low, x_high), x_ticks if len(x_ticks) > 1 else [], y_ticks, x_label, y_label)
+        for trace in traces:
+            dashes = {"linestyle": (0, (5, 4)), "linewidth": 1.2} if trace.kind == "dashed" else {"linewidth": 1.7}
+            if trace.kind == "marks":
+                dashes |= {"marker": "o", "markersize": _DOTS, "markerfacecolor": CARD, "markeredgewidth": 1.5}
+            across, up = zip(*trace.points, strict=True)
+            axes.plot(across, up, color=OWN, clip_on=False, gid=mark(trace.style, trace.label), **dashes)
+
+    return draw(*size, (_left(y_ticks, y_label), 10, 14, 38 if x_label else 22), title, paint)
+
+
+def histogram(
+    counts: Sequence[float], low: float, high: float, *, title: str, x_label: str, style: str, unit: str
+) -> str:
+    """Draw how often values fall into bins of equal width; each bar tells its number when pointed at.
+
+    Args:
+        counts: One for each bin; at least one, none negative.
+        low: Where the first bin begins.
+        high: Where the last one ends.
+        title: Read out in place of the picture.
+        x_label: Stands below the axis.
+        style: Class that gives the colour.
+        unit: What is counted.
+    """
+    y_ticks = round_ticks(0.0, max(*counts, 5.0))  # up to 5 a step is 1: there are no halves of what is counted
+    width = (high - low) / len(counts)
+
+    def paint(axes: "Axes") -> None:
+        _frame(axes, (low, high), round_ticks(low, high, 4), y_ticks, x_label)
+        for index, count in enumerate(counts):
+            start = low + index * width
+            about = f"{start:.2f} to {start + width:.2f}: {count:g} {unit}".replace("-", "−")
+            axes.bar(start, count, width * 0.94, align="edge", color=OWN)[0].set_gid(mark(style, about))
+
+    return draw(WIDTH, HEIGHT, (_left(y_ticks), 10, 14, 38), title, paint)
+
+
+def bar_chart(bars: Sequence[Bar], *, title: str, pitch: float = 22.0) -> str:
+    """Draw horizontal bars from zero, each with its label before it and its text behind it.
+
+    Args:
+        bars: At least one; values are not negative.
+        title: Read out in place of the picture.
+        pitch: From one bar to the next.
+    """
+    labels = [shorten(bar.label, 28) for bar in bars]
+    right = 12 + _CHAR * max(len(bar.text) for bar in bars)
+    ticks = round_ticks(0.0, max(bar.value for bar in bars) or 1.0, 4)
+
+    def paint(axes: "Axes") -> None:
+        _rows(axes, labels, ticks)
+        for row, bar in enumerate(bars):
+            shape = axes.barh(row, bar.value, 0.62, color=OWN)[0]
+            shape.set_gid(mark(bar.style, f"{bar.label}: {bar.text}"))
+            about = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": INK}
+            axes.annotate(printable(bar.text), (bar.value, row), annotation_clip=False, **about)
+
+    left = 14 + _CHAR * max(map(len, labels))
+    return draw(WIDTH, pitch * len(bars) + 26, (left, 2, right, 24), title, paint)
+
+
+def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], *, title: str) -> str:
+    """Draw one row of dots a label, joined by a thin line from the least to the greatest.
+
+    Args:
+        rows: Label and dots; at least one row, each with at least one dot. The first dots of a row are drawn
+            largest, so that dots of equal values show as rings.
+        title: Read out in place of the picture.
+    """
+    labels = [shorten(label, 22) for label, _ in rows]
+    values = [end for _, dots in rows for dot in dots for end in (dot.value, dot.low, dot.high) if end is not None]
+    ticks = round_ticks(min(values), max(values), 5)
+
+    def paint(axes: "Axes") -> None:
+        _rows(axes, labels, ticks)
+        axes.axvline(0.0, color=SOFT, linewidth=0.8, visible=ticks[0] <= 0 <= ticks[-1])
+        for row, (label, dots) in enumerate(rows):
+            ends = [dot.value for dot in dots]
+            axes.plot([min(ends), max(ends)], [row, row], color=SOFT, linewidth=0.8)
+            for rank, dot in enumerate(dots):
+                name = mark(dot.style, f"{label}, {dot.label}: {dot.value:.2f}".replace("-", "−"))
+                if dot.low is not None and dot.high is not None:
+                    axes.plot([dot.low, dot.high], [row, row], color=OWN, linewidth=2.2, gid=name)
+                look = {"markersize": max(5.5, 11.0 - 2.4 * rank), "markeredgewidth": 2.0, "markerfacecolor": CARD}
+                axes.plot(dot.value, row, "o", color=OWN, clip_on=False, gid=name, **look)
+
+    return draw(WIDTH, 22.0 * len(rows) + 26, (14 + _CHAR * max(map(len, labels)), 2, 16, 24), title, paint)
+
+
+def spot_chart(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str) -> str:
+    """Draw named marks in a plane whose x axis begins at zero.
+
+    Args:
+        spots: At least one.
+        title: Read out in place of the picture.
+        x_label: Stands below the axis.
+        y_label: Stands beside the axis.
+    """
+    x_ticks = round_ticks(0.0, max(spot.x for spot in spots) or 1.0)
+    low, high = (end(spot.y for spot in spots) for end in (min, max))
+    margin = (high - low) * 0.12 or 1.0
+    y_ticks = round_ticks(max(0.0, low - margin), high + margin)
+    heights = _apart([(spot.y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) for spot in spots], 0.085)
+
+    def paint(axes: "Axes") -> None:
+        _frame(axes, (0.0, x_ticks[-1]), x_ticks, y_ticks, x_label, y_label)
+        for spot, height in zip(spots, heights, strict=True):
+            about = f"{spot.label}: {spot.y:.2f} at {spot.x:.2f}"
+            axes.plot(spot.x, spot.y, "o", color=OWN, markersize=10, clip_on=False, gid=mark(spot.style, about))
+            is_right = spot.x > 0.6 * x_ticks[-1]
+            level = y_ticks[0] + height * (y_ticks[-1] - y_ticks[0])
+            look = {"textcoords": "offset points", "va": "center", "color": INK, "annotation_clip": False}
+            side = {"xytext": (-10 if is_right else 10, 0), "ha": "right" if is_right else "left"}
+            axes.annotate(shorten(spot.label, 20), (spot.x, level), **look, **side)
+
+    return draw(WIDTH, 240.0, (_left(y_ticks, y_label), 10, 20, 38), title, paint)
+
+
+def _apart(heights: Sequence[float], distance: float) -> list[float]:
+    """Return heights for names, moved up where they would cover one another."""
+    placed = list(heights)
+    order = sorted(range(len(placed)), key=lambda index: placed[index])
+    for below, above in pairwise(order):
+        placed[above] = max(placed[above], placed[below] + distance)
+    return placed
+
+
+def _left(y_ticks: Sequence[float], y_label: str = "") -> float:
+    """Return the margin that holds the longest number and the label of the y axis."""
+    return 14 + _CHAR * max(map(len, tick_texts(y_ticks))) + (16 if y_label else 0)
+
+
+def _bare(axes: "Axes", *spines: str) -> None:
+    for spine in spines:
+        axes.spines[spine].set_visible(False)
+    axes.spines["bottom"].set(color=SOFT, alpha=0.55, linewidth=0.8)
+    axes.tick_params(length=0, pad=6, labelcolor=SOFT)
+    axes.set_axisbelow(True)
+
+
+def _frame(
+    axes: "Axes",
+    x_limits: tuple[float, float],
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_label: str,
+    y_label: str = "",
+) -> None:
+    """Set round numbers along both axes, with lines across."""
+    _bare(axes, "left", "right", "top")
+    axes.set_yticks(y_ticks, tick_texts(y_ticks))
+    axes.set_xticks(x_ticks, tick_texts(x_ticks) if len(x_ticks) > 1 else [])
+    axes.set_ylim(y_ticks[0], y_ticks[-1])
+    low, high = x_limits
+    axes.set_xlim(low, high if high > low else low + 1.0)
+    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.set_xlabel(printable(x_label), color=SOFT, labelpad=4)
+    axes.set_ylabel(printable(y_label), color=SOFT, labelpad=5)
+
+
+def _rows(axes: "Axes", labels: Sequence[str], ticks: Sequence[float]) -> None:
+    """Set one row a label, from the top, over an axis of numbers."""
+    _bare(axes, "left", "right", "top", "bottom")
+    axes.set_yticks(range(len(labels)), labels, color=INK)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.set_xticks(ticks, tick_texts(ticks))
+    axes.set_xlim(ticks[0], ticks[-1])
+    axes.grid(axis="x", color=GRID, linewidth=1)
+
+
+Chart = tuple[str, str]
+"""Caption and SVG."""
+
+Paint = Callable[["Axes"], None]
