@@ -4,7 +4,7 @@ All are narrow enough to be read on a phone without being scaled down much.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +13,9 @@ from qyolo_deploy.release.svg import CARD, GRID, INK, OWN, SOFT, draw, mark, pri
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Chart = tuple[str, str]
+"""Caption and SVG."""
 
 WIDTH, HEIGHT = 380.0, 220.0
 _CHAR = 6.2  # mean width of a character at the font's size
@@ -117,6 +120,8 @@ def trace_chart(
     def paint(axes: "Axes") -> None:
         few = 3 if size[0] < WIDTH else 6
         x_ticks = [tick for tick in round_ticks(x_low, x_high, few) if x_low - 1e-9 <= tick <= x_high + 1e-9]
+        if all(x == round(x) for x in xs) and limits is None:  # epochs and steps have no halves
+            x_ticks = [tick for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
         _frame(axes, (x_low, x_high), x_ticks if len(x_ticks) > 1 else [], y_ticks, x_label, y_label)
         for trace in traces:
             dashes = {"linestyle": (0, (5, 4)), "linewidth": 1.2} if trace.kind == "dashed" else {"linewidth": 1.7}
@@ -220,6 +225,7 @@ def spot_chart(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str)
     low, high = (end(spot.y for spot in spots) for end in (min, max))
     margin = (high - low) * 0.12 or 1.0
     y_ticks = round_ticks(max(0.0, low - margin), high + margin)
+    near = 0.1 * (y_ticks[-1] - y_ticks[0])
     heights = _apart([(spot.y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) for spot in spots], 0.085)
 
     def paint(axes: "Axes") -> None:
@@ -227,10 +233,11 @@ def spot_chart(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str)
         for spot, height in zip(spots, heights, strict=True):
             about = f"{spot.label}: {spot.y:.2f} at {spot.x:.2f}"
             axes.plot(spot.x, spot.y, "o", color=OWN, markersize=10, clip_on=False, gid=mark(spot.style, about))
-            is_right = spot.x > 0.6 * x_ticks[-1]
+            beside = any(0 < other.x - spot.x < 0.3 * x_ticks[-1] and abs(other.y - spot.y) < near for other in spots)
+            is_left = beside or spot.x > 0.7 * x_ticks[-1]
             level = y_ticks[0] + height * (y_ticks[-1] - y_ticks[0])
             look = {"textcoords": "offset points", "va": "center", "color": INK, "annotation_clip": False}
-            side = {"xytext": (-10 if is_right else 10, 0), "ha": "right" if is_right else "left"}
+            side = {"xytext": (-10 if is_left else 10, 0), "ha": "right" if is_left else "left"}
             axes.annotate(shorten(spot.label, 20), (spot.x, level), **look, **side)
 
     return draw(WIDTH, 240.0, (_left(y_ticks, y_label), 10, 20, 38), title, paint)
@@ -286,9 +293,3 @@ def _rows(axes: "Axes", labels: Sequence[str], ticks: Sequence[float]) -> None:
     axes.set_xticks(ticks, tick_texts(ticks))
     axes.set_xlim(ticks[0], ticks[-1])
     axes.grid(axis="x", color=GRID, linewidth=1)
-
-
-Chart = tuple[str, str]
-"""Caption and SVG."""
-
-Paint = Callable[["Axes"], None]
