@@ -6,7 +6,6 @@ All are narrow enough to be read on a phone without being scaled down much.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from qyolo_deploy.release.svg import CARD, GRID, INK, OWN, SOFT, draw, mark, printable
@@ -18,7 +17,8 @@ Chart = tuple[str, str]
 """Caption and SVG."""
 
 WIDTH, HEIGHT = 380.0, 220.0
-_CHAR = 6.2  # mean width of a character at the font's size
+CHAR = 6.2
+"""Mean width of a character at the font's size."""
 _DOTS = 4.5  # px across the marks of lines with few points
 
 
@@ -34,23 +34,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Dot:
-    """One mark in a row of a dot plot, or in a plane; `low` and `high` are the ends of its interval."""
+    """One mark in a row of a dot plot."""
 
     label: str
     style: str
     value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class Spot:
-    """One mark in a plane, with its name beside it."""
-
-    label: str
-    style: str
-    x: float
-    y: float
 
 
 @dataclass(frozen=True)
@@ -115,14 +103,14 @@ def trace_chart(
     """
     xs, ys = ([point[axis] for trace in traces for point in trace.points] for axis in (0, 1))
     x_low, x_high = limits or (min(xs), max(xs))
-    y_ticks = round_ticks(*(limits or (min(ys), max(ys))))
+    y_ticks = round_ticks(*(limits or (min(ys), max(ys))), 2 if size[0] < WIDTH else 5)
 
     def paint(axes: "Axes") -> None:
-        few = 3 if size[0] < WIDTH else 6
+        few = 2 if size[0] < WIDTH else 6
         x_ticks = [tick for tick in round_ticks(x_low, x_high, few) if x_low - 1e-9 <= tick <= x_high + 1e-9]
         if all(x == round(x) for x in xs) and limits is None:  # epochs and steps have no halves
             x_ticks = [tick for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
-        _frame(axes, (x_low, x_high), x_ticks if len(x_ticks) > 1 else [], y_ticks, x_label, y_label)
+        set_frame(axes, (x_low, x_high), x_ticks if len(x_ticks) > 1 else [], y_ticks, x_label, y_label)
         for trace in traces:
             dashes = {"linestyle": (0, (5, 4)), "linewidth": 1.2} if trace.kind == "dashed" else {"linewidth": 1.7}
             if trace.kind == "marks":
@@ -130,7 +118,7 @@ def trace_chart(
             across, up = zip(*trace.points, strict=True)
             axes.plot(across, up, color=OWN, clip_on=False, gid=mark(trace.style, trace.label), **dashes)
 
-    return draw(*size, (_left(y_ticks, y_label), 10, 14, 38 if x_label else 22), title, paint)
+    return draw(*size, (left_margin(y_ticks, y_label), 10, 14, 38 if x_label else 22), title, paint)
 
 
 def histogram(
@@ -151,13 +139,13 @@ def histogram(
     width = (high - low) / len(counts)
 
     def paint(axes: "Axes") -> None:
-        _frame(axes, (low, high), round_ticks(low, high, 4), y_ticks, x_label)
+        set_frame(axes, (low, high), round_ticks(low, high, 4), y_ticks, x_label)
         for index, count in enumerate(counts):
             start = low + index * width
             about = f"{start:.2f} to {start + width:.2f}: {count:g} {unit}".replace("-", "−")
             axes.bar(start, count, width * 0.94, align="edge", color=OWN)[0].set_gid(mark(style, about))
 
-    return draw(WIDTH, HEIGHT, (_left(y_ticks), 10, 14, 38), title, paint)
+    return draw(WIDTH, HEIGHT, (left_margin(y_ticks), 10, 14, 38), title, paint)
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str, pitch: float = 22.0) -> str:
@@ -169,7 +157,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, pitch: float = 22.0) -> str:
         pitch: From one bar to the next.
     """
     labels = [shorten(bar.label, 28) for bar in bars]
-    right = 12 + _CHAR * max(len(bar.text) for bar in bars)
+    right = 12 + CHAR * max(len(bar.text) for bar in bars)
     ticks = round_ticks(0.0, max(bar.value for bar in bars) or 1.0, 4)
 
     def paint(axes: "Axes") -> None:
@@ -180,7 +168,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str, pitch: float = 22.0) -> str:
             about = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": INK}
             axes.annotate(printable(bar.text), (bar.value, row), annotation_clip=False, **about)
 
-    left = 14 + _CHAR * max(map(len, labels))
+    left = 14 + CHAR * max(map(len, labels))
     return draw(WIDTH, pitch * len(bars) + 26, (left, 2, right, 24), title, paint)
 
 
@@ -193,7 +181,7 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], *, title: str) -> str:
         title: Read out in place of the picture.
     """
     labels = [shorten(label, 22) for label, _ in rows]
-    values = [end for _, dots in rows for dot in dots for end in (dot.value, dot.low, dot.high) if end is not None]
+    values = [dot.value for _, dots in rows for dot in dots]
     ticks = round_ticks(min(values), max(values), 5)
 
     def paint(axes: "Axes") -> None:
@@ -204,57 +192,15 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], *, title: str) -> str:
             axes.plot([min(ends), max(ends)], [row, row], color=SOFT, linewidth=0.8)
             for rank, dot in enumerate(dots):
                 name = mark(dot.style, f"{label}, {dot.label}: {dot.value:.2f}".replace("-", "−"))
-                if dot.low is not None and dot.high is not None:
-                    axes.plot([dot.low, dot.high], [row, row], color=OWN, linewidth=2.2, gid=name)
                 look = {"markersize": max(5.5, 11.0 - 2.4 * rank), "markeredgewidth": 2.0, "markerfacecolor": CARD}
                 axes.plot(dot.value, row, "o", color=OWN, clip_on=False, gid=name, **look)
 
-    return draw(WIDTH, 22.0 * len(rows) + 26, (14 + _CHAR * max(map(len, labels)), 2, 16, 24), title, paint)
+    return draw(WIDTH, 22.0 * len(rows) + 26, (14 + CHAR * max(map(len, labels)), 2, 16, 24), title, paint)
 
 
-def spot_chart(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str) -> str:
-    """Draw named marks in a plane whose x axis begins at zero.
-
-    Args:
-        spots: At least one.
-        title: Read out in place of the picture.
-        x_label: Stands below the axis.
-        y_label: Stands beside the axis.
-    """
-    x_ticks = round_ticks(0.0, max(spot.x for spot in spots) or 1.0)
-    low, high = (end(spot.y for spot in spots) for end in (min, max))
-    margin = (high - low) * 0.12 or 1.0
-    y_ticks = round_ticks(max(0.0, low - margin), high + margin)
-    near = 0.1 * (y_ticks[-1] - y_ticks[0])
-    heights = _apart([(spot.y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) for spot in spots], 0.085)
-
-    def paint(axes: "Axes") -> None:
-        _frame(axes, (0.0, x_ticks[-1]), x_ticks, y_ticks, x_label, y_label)
-        for spot, height in zip(spots, heights, strict=True):
-            about = f"{spot.label}: {spot.y:.2f} at {spot.x:.2f}"
-            axes.plot(spot.x, spot.y, "o", color=OWN, markersize=10, clip_on=False, gid=mark(spot.style, about))
-            beside = any(0 < other.x - spot.x < 0.3 * x_ticks[-1] and abs(other.y - spot.y) < near for other in spots)
-            is_left = beside or spot.x > 0.7 * x_ticks[-1]
-            level = y_ticks[0] + height * (y_ticks[-1] - y_ticks[0])
-            look = {"textcoords": "offset points", "va": "center", "color": INK, "annotation_clip": False}
-            side = {"xytext": (-10 if is_left else 10, 0), "ha": "right" if is_left else "left"}
-            axes.annotate(shorten(spot.label, 20), (spot.x, level), **look, **side)
-
-    return draw(WIDTH, 240.0, (_left(y_ticks, y_label), 10, 20, 38), title, paint)
-
-
-def _apart(heights: Sequence[float], distance: float) -> list[float]:
-    """Return heights for names, moved up where they would cover one another."""
-    placed = list(heights)
-    order = sorted(range(len(placed)), key=lambda index: placed[index])
-    for below, above in pairwise(order):
-        placed[above] = max(placed[above], placed[below] + distance)
-    return placed
-
-
-def _left(y_ticks: Sequence[float], y_label: str = "") -> float:
+def left_margin(y_ticks: Sequence[float], y_label: str = "") -> float:
     """Return the margin that holds the longest number and the label of the y axis."""
-    return 14 + _CHAR * max(map(len, tick_texts(y_ticks))) + (16 if y_label else 0)
+    return 14 + CHAR * max(map(len, tick_texts(y_ticks))) + (16 if y_label else 0)
 
 
 def _bare(axes: "Axes", *spines: str) -> None:
@@ -265,7 +211,7 @@ def _bare(axes: "Axes", *spines: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _frame(
+def set_frame(
     axes: "Axes",
     x_limits: tuple[float, float],
     x_ticks: Sequence[float],

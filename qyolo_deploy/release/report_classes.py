@@ -9,7 +9,7 @@ from qyolo_deploy.release.report_views import View, float_view
 
 _MOST_CLASSES = 24
 _MOST_CURVES = 12
-_SMALL = (230.0, 180.0)
+_SMALL = (190.0, 150.0)
 
 
 def _class_precision(view: View, name: str) -> float | None:

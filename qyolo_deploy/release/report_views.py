@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qyolo_deploy.release.charts import Bar, Chart, Spot, bar_chart, spot_chart
+from qyolo_deploy.release.charts import Bar, Chart, bar_chart
 from qyolo_deploy.release.report_text import (
     ACCURACIES,
     METRIC_TITLES,
@@ -18,6 +18,7 @@ from qyolo_deploy.release.report_text import (
     view_style,
     view_title,
 )
+from qyolo_deploy.release.spot_chart import Spot, spot_chart
 
 _OPERATORS = {">=": "≥", "<=": "≤"}
 _QUANTILES = ("p50", "p95", "p99")
@@ -41,11 +42,17 @@ def verdict(gates: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Sum the gates up, or return None where the recipe has none."""
     if not gates:
         return None
-    failed = [gate for gate in gates if not gate.get("passed")]
+    failed = [gate_row(gate) for gate in gates if not gate.get("passed")]
     text = "The gate passed" if len(gates) == 1 else f"All {len(gates)} gates passed"
     if failed:
         text = f"{len(failed)} of {len(gates)} gates failed"
-    return {"text": text, "passed": not failed, "reasons": [str(gate.get("reason")) for gate in failed]}
+    return {"text": text, "passed": not failed, "reasons": [_shortfall(row) for row in failed]}
+
+
+def _shortfall(row: Mapping[str, Any]) -> str:
+    """Say which condition did not hold, and what was measured instead."""
+    value = row["numbers"][-1]
+    return f"{row['condition']}: {row['reason'] if value == NOTHING else f'it is {value}'}"
 
 
 def gate_row(gate: Mapping[str, Any]) -> dict[str, Any]:
