@@ -6,11 +6,11 @@ import statistics
 
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.matrix.results import MatrixResult, spread
-from qyolo_deploy.release.plots import Dot, dot_plot
+from qyolo_deploy.release.charts import Dot, dot_plot
 
 _STYLE = (
-    "<style>text{font-family:sans-serif;fill:#222}.grid{stroke:#ddd}.axis{stroke:#888}.dot{stroke:#fff}"
-    ".one{fill:#2563eb}.published{fill:#d97706}</style>"
+    "<style>:root{--ink:#222;--soft:#888;--grid:#ddd;--card:#fff}text{font-family:sans-serif}.one{--c:#2563eb}"
+    ".published{--c:#d97706}</style>"
 )
 
 

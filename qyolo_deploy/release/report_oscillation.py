@@ -4,16 +4,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from qyolo_deploy.release.plots import Bar, bar_chart
+from qyolo_deploy.release.charts import Bar, Chart, Trace, bar_chart, histogram, trace_chart
 from qyolo_deploy.release.report_text import fixed, to_number
-from qyolo_deploy.release.traces import Trace, histogram, trace_chart
 
 _MOST_LAYERS = 20
 _LOW_BITS = 8  # layers below it count as low-bit ones, as in the diagnostics
-_BAR_WIDTH, _BAR_PITCH = 440.0, 22.0
-
-Chart = tuple[str, str]
-"""Caption and SVG."""
 
 
 def oscillations(training: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -89,7 +84,7 @@ def _share_chart(layers: Mapping[str, Mapping[str, Any]]) -> Chart | None:
         bars.append(Bar(f"{name} ({layer.get('bits')})", "c-raw", share * 100, text))
     what = "Oscillating and frozen weights" if has_frozen else "Oscillating weights"
     caption = _caption(f"{what}, % of each layer's (its bits in brackets)", len(bars), len(layers))
-    return caption, bar_chart(bars, title=caption, width=_BAR_WIDTH, pitch=_BAR_PITCH)
+    return caption, bar_chart(bars, title=caption)
 
 
 def _norm_chart(norms: Mapping[str, Any]) -> Chart | None:
@@ -102,7 +97,7 @@ def _norm_chart(norms: Mapping[str, Any]) -> Chart | None:
     bars = [Bar(name, "c-ema", max(value, 0.0), f"{value:.3g}") for name, value in known[:_MOST_LAYERS]]
     text = "KL divergence of batch normalisation's running statistics from those estimated again"
     caption = _caption(text, len(bars), len(known))
-    return caption, bar_chart(bars, title=caption, width=_BAR_WIDTH, pitch=_BAR_PITCH)
+    return caption, bar_chart(bars, title=caption)
 
 
 def _points(trace: Mapping[str, Any], state: str, key: str) -> list[tuple[float, float]]:
@@ -124,7 +119,7 @@ def _trace_charts(trace: Mapping[str, Any]) -> list[Chart]:
 
 def _trace_chart(trace: Mapping[str, Any], key: str, caption: str) -> str | None:
     lines: Sequence[tuple[str, str]] = (("c-raw", "raw"), ("c-ema", "ema"))
-    traces = [Trace(style, points) for style, state in lines if (points := _points(trace, state, key))]
+    traces = [Trace(style, points, label=state) for style, state in lines if (points := _points(trace, state, key))]
     if not traces:
         return None
     steps = max(line.points[-1][0] for line in traces)

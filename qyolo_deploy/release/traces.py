@@ -1,6 +1,6 @@
-"""Several lines in one chart, and histograms, as inline SVG text.
+"""Lines in one chart as inline SVG text, for pages that are written without packages.
 
-Colours come from the page's style sheet, as in `plots`.
+Colours come from the page's style sheet.
 """
 
 import math
@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
-
-from qyolo_deploy.release.plots import nice_ticks
 
 _WIDTH, _HEIGHT = 420.0, 220.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 14.0, 10.0, 36.0
@@ -72,6 +70,21 @@ class _Frame:
         return [*parts, _text((left + right) / 2, _HEIGHT - 4, x_label, "middle")]
 
 
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round numbers, evenly spaced, the first <= `low` and the last >= `high`.
+
+    Steps are 1, 2, 2.5 or 5 times a power of ten.
+    """
+    if high < low or math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-300):
+        margin = abs(low) * 0.1 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
 def _numbers(ticks: Sequence[float]) -> list[str]:
     """Write ticks with as many decimals as tell them apart, without zeros at the end."""
     decimals = max(0, 2 - math.floor(math.log10(ticks[1] - ticks[0])))
@@ -114,35 +127,6 @@ def trace_chart(traces: Sequence[Trace], *, title: str, x_label: str) -> str:
     ys = [y for trace in traces for _, y in trace.points]
     frame = _Frame(min(xs), max(xs), nice_ticks(min(xs), max(xs), 6), nice_ticks(min(ys), max(ys)))
     return _svg(title, [*frame.draw(x_label), *(_draw(trace, frame) for trace in traces)])
-
-
-def histogram(
-    counts: Sequence[float], low: float, high: float, *, title: str, x_label: str, style: str, unit: str
-) -> str:
-    """Draw how often values fall into bins of equal width; each bar tells its number when pointed at.
-
-    Args:
-        counts: One for each bin; at least one, none negative.
-        low: Where the first bin begins.
-        high: Where the last one ends.
-        title: Read out in place of the picture.
-        x_label: Stands below the axis.
-        style: Class that gives the colour.
-        unit: What is counted.
-    """
-    # Up to 5 a step is 1: there are no halves of what is counted.
-    frame = _Frame(low, high, nice_ticks(low, high, 4), nice_ticks(0.0, max(*counts, 5.0)), margin=0.0)
-    width = (high - low) / len(counts)
-    bars = []
-    for index, count in enumerate(counts):
-        start = low + index * width
-        (left, top), (right, floor) = frame.place(start, count), frame.place(start + width, 0.0)
-        about = escape(f"{start:.2f} to {start + width:.2f}: {count:g} {unit}".replace("-", "−"))
-        bars.append(
-            f'<rect x="{left + 0.5:.1f}" y="{top:.1f}" width="{right - left - 1:.1f}" '
-            f'height="{floor - top:.1f}" class="solid"><title>{about}</title></rect>'
-        )
-    return _svg(title, [*frame.draw(x_label), f'<g class="{style}">', *bars, "</g>"])
 
 
 def _svg(title: str, parts: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qyolo_deploy.atomic import write_atomic
-from qyolo_deploy.release.plots import Bar, bar_chart
+from qyolo_deploy.release.charts import Bar, bar_chart
 from qyolo_deploy.stages.sensitivity import Cost, Sensitivity
 
 _STYLE = (

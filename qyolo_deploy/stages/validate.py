@@ -1,14 +1,7 @@
 """Stage `validate`: COCO mAP and latency of every view, gates, and the report."""
 
-import base64
-import json
-import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
-
-import cv2
-import numpy as np
 
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
@@ -24,10 +17,19 @@ from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.examples import describe_images
 from qyolo_deploy.stages.parity import engines_parity
+from qyolo_deploy.stages.report_parts import (
+    describe_calibration,
+    describe_layers,
+    describe_making,
+    read_diagnostics,
+    shorten_numbers,
+    to_text,
+)
 from qyolo_deploy.stages.tensorrt import BUILT, tensorrt_notes
 from qyolo_deploy.stages.views import TorchRunner, sqnr_db
-from qyolo_deploy.validate.detections import decode
+from qyolo_deploy.validate.curves import precision_recall
 from qyolo_deploy.validate.evaluate import EvalSettings
 from qyolo_deploy.validate.gates import GateResult, check_gates
 from qyolo_deploy.validate.latency import measure_paired
@@ -44,9 +46,7 @@ PACKAGES = (
     "opencv-python",
     "faster-coco-eval",
 )
-_SAMPLES = 4
 _SQNR_IMAGES = 4
-_SAMPLE_CONF = 0.3
 
 
 def run(context: StageContext) -> StageOutput:
@@ -67,7 +67,7 @@ def run(context: StageContext) -> StageOutput:
     )
     latencies = _latencies(context, engines, dataset, settings)
     data_digest = context.artifacts["data"].info["val"]["digest"]
-    reports = {}
+    reports, found = {}, {}
     measured = [view for view in recipe.export.views if view in engines]
     for view in ("float", "fake_quantized", *measured):
         with context.reporter.progress(f"validating {view}") as tick:
@@ -79,7 +79,7 @@ def run(context: StageContext) -> StageOutput:
                 path = engines[view].path
                 runner = open_engine(path, conf=recipe.validate_.conf, mode="throughput")
                 digests["engine"] = digest_engine(path)
-            reports[view] = evaluate_view(
+            reports[view], found[view] = evaluate_view(
                 view,
                 runner,
                 dataset,
@@ -89,14 +89,15 @@ def run(context: StageContext) -> StageOutput:
                 progress=tick,
             )
     parity = engines_parity(context, dataset)
-    for view, found in parity.items():
-        reports[view] = replace(reports[view], parity=found.summary())
+    for view, told in parity.items():
+        reports[view] = replace(reports[view], parity=told.summary())
     results = check_gates(recipe.gates, reports)
     report = _compose(context, reports, results)
-    report["parity"] = _short({view: found.to_json() for view, found in parity.items()})
-    report["samples"] = _samples(engines[measured[0]], dataset, settings)
+    report["parity"] = shorten_numbers({view: told.to_json() for view, told in parity.items()})
+    report["precision_recall"] = precision_recall(dataset, found)
+    report["images"] = describe_images(dataset, found)
     files = [context.folder / "report.json", context.folder / "report.html"]
-    write_atomic(files[0], json.dumps({k: v for k, v in report.items() if k != "samples"}, indent=1))
+    write_atomic(files[0], to_text(report))
     write_report(files[1], report)
     info = {"views": report["views"], "gates": report["gates"], "not_run": report["not_run"]}
     return StageOutput("report", files, info)
@@ -133,14 +134,16 @@ def _compose(context: StageContext, reports: dict[str, EvalReport], results: lis
         "views": [report.to_json() for report in reports.values()],
         "gates": [gate_to_json(result) for result in results],
         "not_run": _not_run(context),
-        "training": {"epochs": train["epochs"], "diagnostics": _diagnostics(context.folder / "train")},
+        "training": {"epochs": train["epochs"], "diagnostics": read_diagnostics(context.folder / "train")},
         "correction": {"steps": _numbered(context.artifacts["correct"].info["epochs"])},
         "quantization": {
             "scheme": train["scheme"],
             "targets": list(recipe.export.targets),
-            "layers": train["layers"],
+            "layers": describe_layers(context, QuantizedModel.load(context.folder / "correct" / "model.safetensors")),
             "notes": _notes(context),
         },
+        "calibration": describe_calibration(context),
+        "reproduce": describe_making(context),
         "recipe": {"yaml": recipe.to_yaml()},
         "environment": environment_fingerprint(PACKAGES),
         "lineage": [
@@ -148,24 +151,6 @@ def _compose(context: StageContext, reports: dict[str, EvalReport], results: lis
             for stage, artifact in context.artifacts.items()
         ],
     }
-
-
-def _diagnostics(folder: Path) -> dict[str, Any]:
-    """What training tells about oscillations; nothing where an older build did not record it."""
-    path = folder / "diagnostics.json"
-    found: dict[str, Any] = _short(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    return found
-
-
-def _short(value: Any) -> Any:
-    """JSON data with numbers of 6 digits: traces are thousands of them. What is no number becomes null."""
-    if isinstance(value, dict):
-        return {key: _short(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_short(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 def _numbered(epochs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -224,23 +209,3 @@ def gate_to_json(result: GateResult) -> dict[str, Any]:
     """A gate and its outcome as one flat object."""
     outcome = {key: value for key, value in asdict(result).items() if key != "gate"}
     return {**result.gate.model_dump(), **outcome}
-
-
-def _samples(runner: Runner, dataset: DetectionDataset, settings: EvalSettings) -> list[dict[str, str]]:
-    """A few validation images with what the engine detects in them."""
-    chosen = np.linspace(0, len(dataset) - 1, num=min(_SAMPLES, len(dataset)), dtype=int)
-    return [_sample(runner, dataset, settings, dataset.images[index].path) for index in chosen]
-
-
-def _sample(runner: Runner, dataset: DetectionDataset, settings: EvalSettings, path: Path) -> dict[str, str]:
-    image = read_image(path)
-    padded, geometry = letterbox(image, settings.imgsz, settings.stride, settings.rect)
-    found = decode(runner(to_tensor(padded))[0], _SAMPLE_CONF, settings.iou, settings.max_det, multi_label=False)
-    canvas = np.ascontiguousarray(image[:, :, ::-1])
-    for box, score, label in zip(geometry.to_original(found.boxes), found.scores, found.classes, strict=True):
-        left, top, right, bottom = (int(side) for side in box)
-        cv2.rectangle(canvas, (left, top), (right, bottom), (64, 220, 64), 1)
-        text = f"{dataset.class_names[label]} {score:.2f}"
-        cv2.putText(canvas, text, (left + 1, max(top - 3, 8)), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (64, 220, 64), 1)
-    _, encoded = cv2.imencode(".jpg", canvas, [cv2.IMWRITE_JPEG_QUALITY, 85])
-    return {"title": path.name, "jpeg_base64": base64.b64encode(encoded.tobytes()).decode()}

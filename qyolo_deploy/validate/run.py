@@ -14,6 +14,7 @@ from qyolo_deploy.validate.coco_map import Evaluator
 from qyolo_deploy.validate.evaluate import DetectorRunner, EvalSettings, evaluate
 from qyolo_deploy.validate.latency import measure_latency
 from qyolo_deploy.validate.report import EvalReport
+from qyolo_deploy.validate.results import ResultTable
 
 DEFAULT_IMGSZ = 640
 LATENCY_RUNS = 20
@@ -110,7 +111,7 @@ def validate_with(
         digests={"engine": digest_engine(runner.path), "data": data_digest},
         progress=progress,
         evaluator=evaluator,
-    )
+    )[0]
 
 
 def settings_for(
@@ -153,7 +154,7 @@ def evaluate_view(
     latency_ms: dict[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     evaluator: Evaluator = "faster",
-) -> EvalReport:
+) -> tuple[EvalReport, ResultTable]:
     """Evaluates one view of a model and puts everything known about it into a report.
 
     Args:
@@ -165,10 +166,13 @@ def evaluate_view(
         latency_ms: p50 and p95, if measured.
         progress: Called with images done and in total.
         evaluator: Implementation of COCO's metrics.
+
+    Returns:
+        The report, and the detections.
     """
-    metrics, _ = evaluate(runner, dataset, settings, progress=progress, evaluator=evaluator)
+    metrics, results = evaluate(runner, dataset, settings, progress=progress, evaluator=evaluator)
     path = getattr(runner, "path", None)
-    return EvalReport(
+    report = EvalReport(
         name=name,
         metrics=metrics,
         images=len(dataset),
@@ -180,3 +184,4 @@ def evaluate_view(
         latency_ms=latency_ms,
         digests=digests,
     )
+    return report, results

@@ -1,0 +1,119 @@
+"""What the report tells of the layers: bits, scales, how far engines depart from the model, what each layer costs."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qyolo_deploy.release.charts import Bar, Chart, Trace, bar_chart, trace_chart
+from qyolo_deploy.release.report_text import NOTHING, fixed, list_facts, scalar, to_number, view_style, view_title
+from qyolo_deploy.release.report_views import Table
+
+_MOST_LAYERS = 20
+
+Layer = Mapping[str, Any]
+
+
+def quantization(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Describe the quantized layers, with parity and sensitivity where the report has them."""
+    section = report.get("quantization") or {}
+    parity, sensitivity = report.get("parity") or {}, report.get("sensitivity") or {}
+    if not (section or parity or sensitivity):
+        return None
+    layers = section.get("layers") or []
+    facts = list_facts(section, leave_out=["layers", "notes"])
+    return {
+        "facts": facts + ([("bits of weights / inputs", _bits(layers))] if layers else []),
+        "notes": section.get("notes") or [],
+        "table": _layers_table(layers, parity, sensitivity),
+        "parity": [_parity(view, found) for view, found in parity.items()],
+        "parity_charts": _parity_charts(parity),
+        "sensitivity": _sensitivity_chart(sensitivity),
+    }
+
+
+def _bits(layers: Sequence[Layer]) -> str:
+    counts = Counter((layer.get("weight_bits"), layer.get("activation_bits")) for layer in layers)
+    return ", ".join(f"{scalar(w)} / {scalar(a)} in {count} layers" for (w, a), count in counts.most_common())
+
+
+def _significant(value: object) -> str:
+    number = to_number(value)
+    return NOTHING if number is None else f"{number:.4g}".replace("-", "−")
+
+
+def _scale(value: object) -> str:
+    """Write one scale, or the least, median and greatest of the channels'."""
+    if not isinstance(value, Mapping):
+        return _significant(value)
+    ends = [_significant(value.get(key)) for key in ("min", "max")]
+    median = _significant(value.get("median"))
+    return median if ends[0] == ends[1] else f"{median} ({ends[0]} to {ends[1]})"
+
+
+def _by_name(section: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {str(layer.get("name")): layer.get(key) for layer in section.get("layers") or []}
+
+
+def _layers_table(layers: Sequence[Layer], parity: Mapping[str, Any], sensitivity: Mapping[str, Any]) -> Table | None:
+    if not layers:
+        return None
+    columns: list[tuple[str, Any]] = [
+        ("Weight bits", lambda layer: scalar(layer.get("weight_bits"))),
+        ("Input bits", lambda layer: scalar(layer.get("activation_bits"))),
+    ]
+    if any("weight_scale" in layer for layer in layers):
+        columns += [
+            ("Weights", lambda layer: scalar(layer.get("weights"))),
+            ("Weight scale, of the channels", lambda layer: _scale(layer.get("weight_scale"))),
+            ("Input scale", lambda layer: _significant(layer.get("input_scale"))),
+            ("Zero point", lambda layer: scalar(layer.get("input_zero_point")).replace("-", "−")),
+        ]
+    for view, found in parity.items():
+        noise = _by_name(found, "sqnr_db")
+        columns.append((f"SQNR {view_title(view)}, dB", lambda layer, noise=noise: _db(noise.get(layer.get("name")))))
+    if sensitivity:
+        losses = _by_name(sensitivity, "loss")
+        title = f"Sensitivity ({sensitivity.get('metric')})"
+        columns.append((title, lambda layer: _significant(losses.get(str(layer.get("name"))))))
+    rows = [[str(layer.get("name")), *(write(layer) for _, write in columns)] for layer in layers]
+    return ["Layer", *(title for title, _ in columns)], rows
+
+
+def _db(value: object) -> str:
+    return fixed(to_number(value), 1)
+
+
+def _parity(view: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    first, images = found.get("first_departure"), scalar(found.get("images"))
+    told = f"{view_title(view)}, {images} images: "
+    told += f"the first layer that departs is {first}." if first else "no layer departs."
+    keys = [("sqnr_db", "SQNR, dB"), ("cosine", "Cosine"), ("max_error", "Largest error"), ("differing", "Differing")]
+    rows = [
+        [str(layer.get("name")), _db(layer.get("sqnr_db")), *(_significant(layer.get(key)) for key, _ in keys[1:])]
+        for layer in found.get("layers") or []
+    ]
+    return {"title": view_title(view), "sentence": told, "table": (["Layer", *(title for _, title in keys)], rows)}
+
+
+def _parity_charts(parity: Mapping[str, Any]) -> list[Chart]:
+    traces = []
+    for view, found in parity.items():
+        values = [to_number(layer.get("sqnr_db")) for layer in found.get("layers") or []]
+        points = [(float(place), value) for place, value in enumerate(values, 1) if value is not None]
+        if points:
+            traces.append(Trace(view_style(view), points, label=view_title(view)))
+    if not traces:
+        return []
+    caption = "SQNR of each layer, dB, from the first to the last"
+    return [(caption, trace_chart(traces, title=caption, x_label="layer"))]
+
+
+def _sensitivity_chart(sensitivity: Mapping[str, Any]) -> Chart | None:
+    known = [(name, loss) for name, value in _by_name(sensitivity, "loss").items() if (loss := to_number(value))]
+    known = sorted((entry for entry in known if entry[1] > 0), key=lambda entry: -entry[1])
+    if not known:
+        return None
+    bars = [Bar(name, "c-raw", loss, f"{loss:.3g}") for name, loss in known[:_MOST_LAYERS]]
+    which = f": the {len(bars)} greatest of {len(known)}" if len(bars) < len(known) else ""
+    caption = f"Loss by quantizing one layer alone ({sensitivity.get('metric')}){which}"
+    return caption, bar_chart(bars, title=caption)
