@@ -251,8 +251,8 @@ class _Build:
         folder: Path,
         reporter: Reporter,
         digests: DigestCache,
-        share: Path | None,
-        device: str,
+        share: Path | None = None,
+        device: str = "cpu",
     ) -> None:
         self._plan, self._folder, self._reporter, self._digests = plan, folder, reporter, digests
         self._device = device

@@ -270,7 +270,7 @@ class TestEngine:
 def test_other_files_are_no_engines(tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"expected an \.onnx file"):
+    with pytest.raises(InputError, match=r"expected an \.onnx, \.engine or \.plan file"):
         open_engine(path)
 
 
