@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from qyolo_deploy.quant.spec import Granularity, LayerScheme, QuantScheme, QuantSpec
 
@@ -245,6 +245,14 @@ class CorrectSection(Section):
     seed: int = 0
 
 
+class NmsSection(Section):
+    """Thresholds of the suppression inside the engines; the defaults are those of `validate`."""
+
+    conf: Fraction = Field(0.001, description="Programs want about 0.25, mAP a low one")
+    iou: Fraction = 0.6
+    max_det: Positive = 300
+
+
 class ExportSection(Section):
     """Engines to build."""
 
@@ -259,6 +267,21 @@ class ExportSection(Section):
         description="raw ends the engines at the head maps and leaves decoding to the runner, which does it for "
         "candidates above the confidence threshold alone; ultralytics reads decoded ones only",
     )
+    nms: NmsSection | None = Field(
+        None, description="Ends the engines with non-maximum suppression: [N, max_det, 6]; `true` takes the defaults"
+    )
+
+    @field_validator("nms", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """As ultralytics' `nms=True`."""
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _suppresses_decoded(self) -> "ExportSection":
+        if self.nms is not None and self.head == "raw":
+            raise ValueError("nms: expected none with head raw, whose maps the runner decodes and suppresses")
+        return self
 
 
 class ValidateSection(Section):
