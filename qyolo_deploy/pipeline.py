@@ -61,7 +61,7 @@ STAGES = (
     Stage("correct", 3, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
-        4,
+        5,
         "export",
         ("name", "description", "model", "export", "release"),
         ("float", "train", "correct"),

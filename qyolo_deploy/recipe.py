@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from qyolo_deploy.quant.spec import Granularity, LayerScheme, QuantScheme, QuantSpec
 
@@ -276,6 +276,14 @@ class TensorRtSection(Section):
     gpu_layers: tuple[str, ...] = Field((), description="Globs of layers that run on the GPU although the DLA could")
 
 
+class NmsSection(Section):
+    """Thresholds of the suppression inside the engines; the defaults are those of `validate`."""
+
+    conf: Fraction = Field(0.001, description="Programs want about 0.25, mAP a low one")
+    iou: Fraction = 0.6
+    max_det: Positive = 300
+
+
 class ExportSection(Section):
     """Engines to build."""
 
@@ -290,6 +298,9 @@ class ExportSection(Section):
         description="raw ends the engines at the head maps and leaves decoding to the runner, which does it for "
         "candidates above the confidence threshold alone; ultralytics reads decoded ones only",
     )
+    nms: NmsSection | None = Field(
+        None, description="Ends the engines with non-maximum suppression: [N, max_det, 6]; `true` takes the defaults"
+    )
     tensorrt: TensorRtSection = TensorRtSection()
 
     @property
@@ -297,8 +308,22 @@ class ExportSection(Section):
         """Names of the engines' views. A TensorRT engine may not run where it is built: its graph is measured too."""
         return (*self.targets, *((TENSORRT_GRAPH,) if "tensorrt" in self.targets else ()))
 
+    @field_validator("nms", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """As ultralytics' `nms=True`."""
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _suppresses_decoded(self) -> "ExportSection":
+        if self.nms is not None and self.head == "raw":
+            raise ValueError("nms: expected none with head raw, whose maps the runner decodes and suppresses")
+        return self
+
     @model_validator(mode="after")
     def _tensorrt_fits(self) -> "ExportSection":
+        if self.nms is not None and "tensorrt" in self.targets:
+            raise ValueError("nms: expected none for the target tensorrt, whose engines leave suppression to programs")
         if self.tensorrt.batch != BatchSection() and not self.dynamic:
             raise ValueError("tensorrt.batch needs dynamic: true, else the batch is 1")
         if self.tensorrt.gpu_layers and self.tensorrt.dla_core is None:

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from qyolo_deploy.models.base import ModelSpec
-from qyolo_deploy.recipe import Recipe
+from qyolo_deploy.recipe import NmsSection, Recipe
 
 
 def engine_metadata(spec: ModelSpec, recipe: Recipe, version: str) -> dict[str, object]:
@@ -29,6 +29,13 @@ def engine_metadata(spec: ModelSpec, recipe: Recipe, version: str) -> dict[str, 
         "end2end": False,
         "args": {"batch": 1, "dynamic": recipe.export.dynamic, "nms": False},
     }
+
+
+def tell_nms(metadata: dict[str, object], nms: NmsSection) -> dict[str, object]:
+    """Metadata of a file that suppresses by itself, as exports of ultralytics with `nms=True` have them."""
+    args = metadata["args"]
+    assert isinstance(args, dict)
+    return {**metadata, "args": {**args, "nms": True, **nms.model_dump()}}
 
 
 def set_metadata(model: ir.Model, metadata: dict[str, object]) -> None:

@@ -13,7 +13,8 @@ from qyolo_deploy.engines.heads import METADATA_KEY
 from qyolo_deploy.engines.openvino import build_openvino
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.heads import expose_heads
-from qyolo_deploy.export.metadata import engine_metadata, set_metadata
+from qyolo_deploy.export.metadata import engine_metadata, set_metadata, tell_nms
+from qyolo_deploy.export.nms import suppress
 from qyolo_deploy.export.openvino_passes import ir_passes
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.export.saturation import low_bit_activations
@@ -49,6 +50,9 @@ def run(context: StageContext) -> StageOutput:
         if recipe.export.head == "raw":
             model = expose_heads(model, fold_float(detector_of(quantized.architecture)))
             metadata[METADATA_KEY] = model.metadata_props[METADATA_KEY]
+        if (nms := recipe.export.nms) is not None:  # the baseline stays what other engines are compared with
+            model, metadata = suppress(model, nms.conf, nms.iou, nms.max_det), tell_nms(metadata, nms)
+            set_metadata(model, metadata)
         for done, target in enumerate((target for target in recipe.export.targets if target in _EXPORTERS), start=1):
             tick(done, steps, target)
             engines[target] = _EXPORTERS[target](context, model, quantized, metadata)
