@@ -9,8 +9,8 @@ TensorRT takes int8 with zero point 0 alone, float biases, and no integers betwe
   are shifted until their middle code is 0, and the biases of the readers make up for it: nothing is lost either;
 * where a reader pads with zeros, which are no zeros of the shifted values, or adds, the range is kept and the step
   becomes coarser;
-* an image of 8 bits would lose half of its levels, so its convolution computes in float, with the integers' values, and
-  raw head maps, which no convolution reads, stay float.
+* an image of 8 bits would lose half of its levels, so its convolution computes in float, with the integers' values;
+* raw head maps, which no convolution reads, are clipped to their range and not rounded.
 """
 
 from collections.abc import Iterable, Mapping
@@ -79,7 +79,8 @@ def tensorrt_dialect(
     symmetric = _on_grids(quantized, grids)
     result = insert_qdq(model, symmetric, clip="values", float_biases=_biases(quantized, shifts))
     sources = _sources(model, grids)
-    clipped = _clipped(model, quantized, inner, {name: grid for name, grid in rounded.items() if name not in shifts})
+    clipped = [name for name in quantized.activations if name in left_out and name in quantized.layers]
+    clipped += _clipped(model, {name: grid for name, grid in rounded.items() if name not in shifts})
     for name in clipped:
         clip_values(result.graph, name, quantized.activations[name])
     for name in sources & set(shifts):
@@ -166,22 +167,16 @@ def _sources(model: ir.Model, names: Iterable[str]) -> set[str]:
     return {name for name in names if makers.get(name) not in _CHOOSING}
 
 
-def _clipped(
-    model: ir.Model, quantized: QuantizedModel, inner: frozenset[str], grids: Mapping[str, QParams]
-) -> list[str]:
-    """Tensors that int8 does not keep inside their grid.
+def _clipped(model: ir.Model, grids: Mapping[str, QParams]) -> list[str]:
+    """Rounded tensors that int8 does not keep inside their grid.
 
     Nothing falls below the lower end where the intervals prove it, as behind SiLU.
     """
-    intervals = bounds(model.graph, grids)
-    clipped = [name for name in quantized.activations if name in inner and name in quantized.layers]
-    for name in _in_order(grids, _sources(model, grids)):
-        low, high = _steps(grids[name])
-        keeps_low = low <= _INT8.qmin or unclipped_low(intervals[name], grids[name]) >= grids[name].spec.qmin
-        if not (keeps_low and high >= _INT8.qmax):
+    intervals, sources = bounds(model.graph, grids), _sources(model, grids)
+    clipped = []
+    for name, grid in grids.items():
+        low, high = _steps(grid)
+        keeps_low = low <= _INT8.qmin or unclipped_low(intervals[name], grid) >= grid.spec.qmin
+        if name in sources and not (keeps_low and high >= _INT8.qmax):
             clipped.append(name)
     return clipped
-
-
-def _in_order(names: Iterable[str], chosen: set[str]) -> list[str]:
-    return [name for name in names if name in chosen]

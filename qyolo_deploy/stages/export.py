@@ -91,13 +91,12 @@ def _low_bit(context: StageContext, model: ir.Model, quantized: QuantizedModel) 
 
 
 def _left_out(context: StageContext, quantized: QuantizedModel, target: str) -> frozenset[str]:
-    """OpenVINO fuses convolution, SiLU and the rounding behind it, but only if nothing inside SiLU is rounded.
+    """OpenVINO and TensorRT fuse convolution, SiLU and the rounding behind it, but only if nothing inside is rounded.
 
-    On a grid of few bits that flips too many codes; whoever wants the fused kernel there trains for OpenVINO alone.
-    TensorRT fuses in the same way, and could not hold those tensors' codes in int8 without a zero point.
+    On a grid of few bits that flips too many codes; whoever wants the fused kernel there trains for them alone.
     """
     is_fine = all(qparams.spec.bits == _FINE_BITS for qparams in quantized.activations.values())
-    leaves_out = target == "tensorrt" or (target == "openvino" and is_fine)
+    leaves_out = target in ("openvino", "tensorrt") and is_fine
     return frozenset(context.artifacts["train"].info["inner"]) if leaves_out else frozenset()
 
 
