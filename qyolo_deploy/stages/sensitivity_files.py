@@ -48,7 +48,7 @@ def _svg(found: Sensitivity) -> str:
     """Bars of the most costly parts: of mAP, of the loss, or of noise power as a share of the signal's."""
     shown = found.costs[:_BARS]
     bars = [
-        Bar(f"{cost.part.name} {cost.part.kind}", cost.part.kind, max(_height(cost, found), 0.0), _text(cost))
+        Bar(f"{cost.part.name} {cost.part.kind}", cost.part.kind, max(_height(cost, found), 0.0), _text(cost, found))
         for cost in shown
     ]
     title = f"What quantizing each tensor alone costs: {_UNITS[found.metric]}, {found.images} images"
@@ -63,6 +63,6 @@ def _height(cost: Cost, found: Sensitivity) -> float:
     return cost.lost * 100 if found.metric == "map" else cost.lost
 
 
-def _text(cost: Cost) -> str:
-    bits = f"{cost.part.bits} bits"
-    return f"{bits}, {cost.sqnr_db:.1f} dB" if cost.lost is None else f"{bits}, {cost.lost:.4f}"
+def _text(cost: Cost, found: Sensitivity) -> str:
+    value = f"{_height(cost, found):.3g}" if cost.lost is not None else f"{cost.sqnr_db:.1f} dB"
+    return f"{cost.part.bits} bits, {value}"

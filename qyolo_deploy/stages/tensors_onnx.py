@@ -45,6 +45,10 @@ class OnnxTensors:
             for node in self._model.graph.node
             if node.op_type == "DequantizeLinear" and node.output[0].endswith(_DEQUANTIZED)
         }
+        # Parts of a rounded tensor are rounded once more, but are no tensors of modules.
+        parts = [name for node in self._model.graph.node if node.op_type == "Split" for name in node.output]
+        for name in parts:
+            self._rounded.pop(name, None)
         self._zero_points = {name: self._constant(node.input[2]) for name, node in self._rounded.items()}
         self.grids: Mapping[str, Grid] = {name: self._grid(name) for name in self._rounded}
         order = {name: index for index, name in enumerate(self._makers)}

@@ -12,6 +12,7 @@ from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db
 from qyolo_deploy.validate.parity import EXACT_DB, Grid
 
 _DEQUANTIZED = ".dequantized"
+_SPLITS = ("Split", "VariadicSplit")
 
 
 class OpenVinoTensors:
@@ -54,8 +55,8 @@ class OpenVinoTensors:
         readers = [port.get_node() for port in output.get_target_inputs()]
         if module == name and len(readers) == 1 and _is_rounding(readers[0]) and not readers[0].output(0).get_names():
             node, output = readers[0], readers[0].output(0)
-        elif module == name:
-            return
+        elif module == name or (_is_rounding(node) and node.input_value(0).get_node().get_type_name() in _SPLITS):
+            return  # parts of a rounded tensor are rounded once more, but are no tensors of modules
         self._outputs[module] = output
         if _is_rounding(node):
             grids[module] = _grid(node)

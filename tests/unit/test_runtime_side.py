@@ -181,3 +181,12 @@ def test_nothing_is_reported_or_written_behind_the_users_back(light, tmp_path):
     scratch.mkdir()
     assert last_json(light(code, HOME=str(home), TMPDIR=str(scratch))) == []
     assert [*home.rglob("*"), *scratch.rglob("*")] == []
+
+
+@pytest.mark.parametrize(("command", "package"), [("compare", "onnx"), ("sensitivity", "torch")])
+def test_looking_inside_names_the_missing_package(command, package, light_qyolo, tiny_build):
+    views = [tiny_build.onnx] * 2 if command == "compare" else [tiny_build.folder]
+    process = light_qyolo(command, *views, "--data", tiny_build.folder / "data", "--json")
+    assert process.returncode == 3
+    assert f"needs the package '{package}', which is not installed" in process.stderr
+    assert last_json(process)["hint"] == 'pip install "qyolo_deploy[build]"'
