@@ -50,20 +50,34 @@ def validate(
         InputError: If engine or data are not usable or do not fit each other.
         RuntimeMissingError: If the engine's runtime is not installed.
     """
+    return validate_on(
+        load_dataset(find_input(data), split), engine, imgsz, conf, iou, max_det, precision_hint, evaluator, progress
+    )
+
+
+def validate_on(
+    dataset: DetectionDataset,
+    engine: str | Path,
+    imgsz: int | None = None,
+    conf: float = 0.001,
+    iou: float = 0.6,
+    max_det: int = 300,
+    precision_hint: str = "f32",
+    evaluator: Evaluator = "faster",
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalReport:
+    """The same on a dataset that is loaded already."""
     runner = open_engine(Path(engine), precision_hint, conf)
-    dataset = load_dataset(find_input(data), split)
     settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
     latency = measure_latency(runner, example, LATENCY_WARMUP, LATENCY_RUNS).to_json()
-    digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
-    detector = open_engine(runner.path, precision_hint, conf, mode="throughput")
     return evaluate_view(
         runner.runtime,
-        detector,
+        open_engine(runner.path, precision_hint, conf, mode="throughput"),
         dataset,
         settings,
         latency_ms=latency,
-        digests=digests,
+        digests={"engine": digest_engine(runner.path), "data": digest_dataset(dataset)},
         progress=progress,
         evaluator=evaluator,
     )
