@@ -103,6 +103,29 @@ def engines(
         print(json.dumps(result))
 
 
+@app.command()
+def validate(
+    engine: Annotated[Path, typer.Argument(help="An .onnx, an OpenVINO folder or .xml.")],
+    data: Annotated[str, typer.Option(help="Dataset YAML, its folder or a COCO JSON.")],
+    imgsz: Annotated[int | None, typer.Option(help="Longer side in pixels.")] = None,
+    images: Annotated[int, typer.Option(help="The first so many; all are held in memory as tensors.")] = 200,
+    rounds: Annotated[int, typer.Option(help="Rounds, in which each gets its turn.")] = 3,
+    ultralytics: Annotated[bool, typer.Option("--ultralytics", help="Let YOLO(engine).val() take part.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare the time of a whole validation with that of bare inference over the same tensors."""
+    from qyolo_deploy.stages.bench_validate import BenchValidateSettings, bench_table, caption, run_bench
+
+    with Reporter(quiet).progress("validations in turn") as tick:
+        result = run_bench(engine, data, BenchValidateSettings(imgsz, images, rounds, ultralytics), tick)
+    if not quiet:
+        stdout().print(caption(result), markup=False, soft_wrap=True)
+        _print_table(*bench_table(result))
+    if as_json:
+        print(json.dumps(result))
+
+
 def _made(
     weights: str,
     data: str,

@@ -20,11 +20,12 @@ def take_turns(
     runs: int,
     progress: Callable[[int, int, int], None] | None = None,
     clock: Callable[[], int] = time.perf_counter_ns,
+    settle: bool = True,
 ) -> list[list[list[float]]]:
     """Times calls round by round; every second round goes backwards, so that none always follows the same one.
 
-    A round before the first warms up. Each turn begins with a call that does not count: it wakes threads, fills caches
-    and outlasts the threads of the one before, which keep looking for work for a moment.
+    A round before the first warms up. Where calls are short, each turn begins with one that does not count: it wakes
+    threads, fills caches and outlasts the threads of the one before, which keep looking for work for a moment.
 
     Args:
         runs_of: One inference of each engine.
@@ -32,6 +33,7 @@ def take_turns(
         runs: Calls that count, in each turn.
         progress: Called with turns done, turns in total and who had the last one.
         clock: Nanoseconds.
+        settle: Whether turns begin with a call that does not count.
 
     Returns:
         Milliseconds of each call, by engine and round.
@@ -41,7 +43,7 @@ def take_turns(
     for index in range(1 + rounds):
         order = range(count) if index % 2 else range(count - 1, -1, -1)
         for place, which in enumerate(order):
-            turn = _turn(runs_of[which], runs, clock)
+            turn = _turn(runs_of[which], runs, clock, settle)
             if index:
                 times[which].append(turn)
             if progress is not None:
@@ -49,8 +51,9 @@ def take_turns(
     return times
 
 
-def _turn(run: Callable[[], object], runs: int, clock: Callable[[], int]) -> list[float]:
-    run()
+def _turn(run: Callable[[], object], runs: int, clock: Callable[[], int], settle: bool) -> list[float]:
+    if settle:
+        run()
     elapsed = []
     for _ in range(runs):
         start = clock()
