@@ -11,6 +11,7 @@ from qyolo_deploy.engines.requirements import MINIMUM
 from qyolo_deploy.errors import GateFailedError, SelftestError
 from qyolo_deploy.release.bundle import write_release
 from qyolo_deploy.release.manifest import (
+    Calibration,
     CreatedWith,
     EngineEntry,
     GateEntry,
@@ -28,7 +29,10 @@ from qyolo_deploy.stages.golden import Subject, choose_pictures, make_golden
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "numpy")
 _FORMATS = {"float": "onnx", "onnxruntime": "onnx", "openvino": "openvino"}
 _RUNTIME_OF = {"float": "onnxruntime"}
+_MACHINE = ("machine", "cpu")
 _RECIPE = "recipe.resolved.yaml"
+# They tell latencies, and the manifest tells digests of the others.
+_VARYING = ("manifest.json", "report.html", "report.json")
 
 
 def run(context: StageContext) -> StageOutput:
@@ -91,17 +95,20 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
         created_with=CreatedWith(qyolo_deploy=__version__, environment=environment_fingerprint(PACKAGES)),
         recipe=RecipeRef(path=_RECIPE, sha256=sha256_file(context.folder / _RECIPE)),
         lineage=tuple(
-            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs) for stage, artifact in artifacts.items()
+            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs, output=artifact.digest)
+            for stage, artifact in artifacts.items()
         ),
         model=ModelCard(
             family=model["spec"]["family"],
             architecture=context.stem,
             names=tuple(model["spec"]["names"]),
             strides=tuple(model["spec"]["strides"]),
+            anchors=_anchors(model["spec"]),
             imgsz=recipe.model.imgsz,
             parameters=model["parameters"],
         ),
         datasets={split: artifacts["data"].info[split]["digest"] for split in ("train", "val")},
+        calibration=_calibration(context),
         preprocessing=Preprocessing(letterbox=recipe.validate_.letterbox),
         postprocessing=Postprocessing(
             conf=recipe.validate_.conf,
@@ -113,12 +120,31 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
             _engine(context, view) for view in artifacts["validate"].info["views"] if "engine" in view["digests"]
         ),
         gates=tuple(GateEntry(**gate) for gate in gates),
+        varying=_VARYING,
         licenses={"model": recipe.release.license, "qyolo_deploy": "AGPL-3.0-or-later"},
     )
 
 
+def _anchors(spec: dict[str, Any]) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Pairs of width and height a level, from the flat lists of YOLOv5's configuration."""
+    levels = spec["config"].get("anchors", ())
+    if not isinstance(levels, list | tuple):
+        return ()
+    return tuple(tuple((float(w), float(h)) for w, h in zip(level[::2], level[1::2], strict=True)) for level in levels)
+
+
+def _calibration(context: StageContext) -> Calibration:
+    recorded = context.artifacts["data"].info.get("calibration")
+    limit = context.recipe.data.calibration_images
+    if recorded is None:
+        return Calibration(images=min(limit, context.artifacts["data"].info["train"]["images"]))
+    images = min(limit, recorded["images"])
+    return Calibration(images=images, name=recorded["name"], digest=recorded["digest"])
+
+
 def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
     name, storage = view["name"], context.recipe.export.storage
+    artifact = context.artifacts["validate"]
     runtime = _RUNTIME_OF.get(name, name)
     metrics = {key: view[key] for key in ("map50_95", "map50", "map75")}
     return EngineEntry(
@@ -129,5 +155,11 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
         storage="float32" if name == "float" else storage,
         precision_hint=view["precision_hint"],
         min_runtime_version=MINIMUM[runtime],
+        digest=view["digests"]["engine"],
+        size_bytes=view["size_bytes"],
+        validated_with={
+            name: version for name, version in artifact.environment.items() if name in (runtime, *_MACHINE)
+        },
+        validated_on={"val": view["digests"]["data"]},
         metrics=metrics | {f"latency_ms_{key}": value for key, value in view["latency_ms"].items()},
     )
