@@ -22,6 +22,7 @@ class Runner(Protocol):
         imgsz: Height and width if they are fixed, else None.
         trained_imgsz: The longer side that the file's metadata names, if it does.
         names: Class names in the file's metadata; empty where it has none.
+        head: How its raw maps are decoded; None where the engine decodes by itself.
     """
 
     path: Path
@@ -29,6 +30,7 @@ class Runner(Protocol):
     imgsz: tuple[int, int] | None
     trained_imgsz: int | None
     names: tuple[str, ...]
+    head: Head | None
 
     @property
     def precision_hint(self) -> str | None:

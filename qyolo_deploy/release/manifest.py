@@ -10,6 +10,7 @@ from qyolo_deploy.errors import IntegrityError
 from qyolo_deploy.strict import RelativePath, Sha256, Strict, validation_message
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"
 SCHEMA_VERSION: Final = 1
 
 
@@ -171,8 +172,9 @@ class Manifest(ReleaseInfo):
     def _files_are_consistent(self) -> Self:
         check_unique(file.path for file in self.files)
         by_path = {file.path: file for file in self.files}
-        if MANIFEST_NAME in by_path:
-            raise ValueError(f"the list of files holds {MANIFEST_NAME} itself")
+        for name in (MANIFEST_NAME, SIGNATURE_NAME):
+            if name in by_path:
+                raise ValueError(f"the list of files holds {name} itself")
         recipe = by_path.get(self.recipe.path)
         if recipe is None or recipe.sha256 != self.recipe.sha256:
             raise ValueError(f"the recipe {self.recipe.path!r} is not among the files with its digest")

@@ -1,14 +1,15 @@
 """How far an engine may be off its golden vectors, by scheme, and why.
 
-On the machine that made them an engine repeats itself bit by bit: ONNX Runtime and OpenVINO, any number of threads, since
-the order of a sum is the kernel's. Other kernels change last digits in float (3e-7 of the norm was seen). On an integer
-grid a value at a tie between two codes becomes the other code, and all later layers see it; the fewer bits the activations
-have, the larger a code is. Seen where the same QDQ graph ran in other kernels, as a share of the scores' norm: at most 0.09
-with activations of 8 bits. With 4 bits it was 0.7 to 1.0 on a network that finds little in generated scenes: weak scores
-move by as much as they are, so that only gross errors show on another machine, and `qyolo validate` is the better proof.
+On the machine that made them an engine repeats itself bit by bit: ONNX Runtime and OpenVINO, any number of threads,
+since the order of a sum is the kernel's. Other kernels change last digits in float (3e-7 of the norm was seen). On an
+integer grid a value at a tie between two codes becomes the other code, and all later layers see it; the fewer bits
+the activations have, the larger a code is. Seen where the same QDQ graph ran in other kernels, as a share of the
+scores' norm: at most 0.09 with activations of 8 bits. With 4 bits it was 0.7 to 1.0 on a network that finds little in
+generated scenes: weak scores move by as much as they are, so that only gross errors show on another machine, and
+`qyolo validate` is the better proof.
 
-Kernels that compute something else are to be found, not allowed: yolov5n W8A8 in OpenVINO without VNNI instructions is off
-by 0.8, scores by 0.4. A wrong channel order is 0.2 to 2 away.
+Kernels that compute something else are to be found, not allowed: yolov5n W8A8 in OpenVINO without VNNI instructions
+is off by 0.8, scores by 0.4. A wrong channel order is 0.2 to 2 away.
 """
 
 import re

@@ -1,12 +1,13 @@
 """Stage `release`: engines, model, report and recipe with a manifest that vouches for each byte."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
 from qyolo_deploy.device.selftest import selftest
-from qyolo_deploy.engines.base import engine_files, open_engine
+from qyolo_deploy.engines.base import Runner, engine_files, open_engine
 from qyolo_deploy.engines.requirements import MINIMUM
 from qyolo_deploy.errors import GateFailedError, SelftestError
 from qyolo_deploy.release.bundle import write_release
@@ -19,9 +20,11 @@ from qyolo_deploy.release.manifest import (
     ModelCard,
     Postprocessing,
     Preprocessing,
+    RawHead,
     RecipeRef,
     ReleaseInfo,
 )
+from qyolo_deploy.release.sbom import SBOM_NAME, sbom_text
 from qyolo_deploy.release.verify import VerifiedRelease, verify_release
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.golden import Subject, choose_pictures, make_golden
@@ -44,23 +47,28 @@ def run(context: StageContext) -> StageOutput:
     gates = context.artifacts["validate"].info["gates"]
     if failed := [gate for gate in gates if not gate["passed"]]:
         raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {failed[0]['reason']}")
-    info = _info(context, gates)
-    files: dict[str, Path | bytes] = {**_files(context), **_golden(context, info)}
+    info, runners = _info(context, gates), {}
+    for engine in info.engines:
+        path, hint = context.folder / engine.path, engine.precision_hint or "f32"
+        runners[engine.view] = open_engine(path, hint, info.postprocessing.conf)
+    info = info.model_copy(update={"engines": tuple(_with_head(engine, runners) for engine in info.engines)})
+    files: dict[str, Path | bytes] = {**_files(context), **_golden(context, info, runners)}
+    files[SBOM_NAME] = sbom_text(info, files).encode()
     folder = write_release(context.folder / "release", files, info)
     verified = verify_release(folder)
     _prove(verified)
     return StageOutput("release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes})
 
 
-def _golden(context: StageContext, info: ReleaseInfo) -> dict[str, bytes]:
+def _with_head(engine: EngineEntry, runners: dict[str, Runner]) -> EngineEntry:
+    head = runners[engine.view].head
+    return engine if head is None else engine.model_copy(update={"raw_head": RawHead(**asdict(head))})
+
+
+def _golden(context: StageContext, info: ReleaseInfo, runners: dict[str, Runner]) -> dict[str, bytes]:
     thresholds, recipe = info.postprocessing, context.recipe
-    subjects = {}
-    for engine in info.engines:
-        path = context.folder / engine.path
-        subjects[engine.view] = Subject(
-            open_engine(path, engine.precision_hint or "f32", thresholds.conf), engine.scheme
-        )
-    source, judge = recipe.release.golden_images, subjects[recipe.export.targets[0]].runner
+    subjects = {engine.view: Subject(runners[engine.view], engine.scheme) for engine in info.engines}
+    source, judge = recipe.release.golden_images, runners[recipe.export.targets[0]]
     pictures = choose_pictures(source, context.dataset, recipe.model.imgsz, judge, thresholds)
     return make_golden(subjects, pictures, thresholds, source)
 

@@ -50,11 +50,22 @@ def validate(
     runner = open_engine(Path(engine), precision_hint, conf)
     dataset = load_dataset(find_input(data), split)
     settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
+    return validate_runner(runner, dataset, settings, progress=progress)
+
+
+def validate_runner(
+    runner: Runner,
+    dataset: DetectionDataset,
+    settings: EvalSettings,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalReport:
+    """Measures accuracy and latency of a loaded engine; its view has the runtime's name unless told another."""
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
     latency = measure_latency(runner, example, LATENCY_WARMUP, LATENCY_RUNS).to_json()
     digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
     return evaluate_view(
-        runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
+        name or runner.runtime, runner, dataset, settings, latency_ms=latency, digests=digests, progress=progress
     )
 
 
