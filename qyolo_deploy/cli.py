@@ -38,6 +38,7 @@ app.add_typer(cli_engine.app, name="engine")
 app.command()(cli_compare.compare)
 app.command()(cli_compare.sensitivity)
 app.command()(cli_release.selftest)
+app.add_typer(cli_release.app, name="release")
 
 Device = Annotated[str, typer.Option(help="What training computes on: auto, cpu, cuda or cuda:<index>.")]
 Settings = Annotated[
@@ -94,6 +95,7 @@ def build(
     until: Annotated[str | None, typer.Option(help="Last stage to run.")] = None,
     force: Annotated[str | None, typer.Option(help="Stage to run although it is up to date.")] = None,
     device: Device = "auto",
+    sign_key: cli_release.SignKey = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -103,6 +105,8 @@ def build(
     if is_follower := os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun; the first one talks
         quiet = True
     result = run_build(recipe, settings or (), data, out, until, force, Reporter(quiet), device=device)
+    if sign_key is not None and not is_follower:
+        cli_release.sign_build(result.folder, sign_key)
     if not quiet:
         _print_build(result.to_json())
     if as_json and not is_follower:
@@ -188,8 +192,12 @@ def matrix(
 
 @app.command()
 def validate(
-    engine: Annotated[Path, typer.Argument(help="An .onnx, .engine or .plan, an OpenVINO folder or .xml.")],
+    context: typer.Context,
+    engine: Annotated[
+        Path, typer.Argument(help="An .onnx, .engine or .plan, an OpenVINO folder or .xml, or a release folder.")
+    ],
     data: Annotated[str, typer.Option(help="Dataset YAML, its folder or a COCO JSON.")],
+    view: Annotated[str | None, typer.Option("--engine", help="Of a release: view, such as openvino.")] = None,
     imgsz: Annotated[int | None, typer.Option(help="Longer side in pixels.")] = None,
     conf: Annotated[float, typer.Option(help="Scores above it count.")] = 0.001,
     iou: Annotated[float, typer.Option(help="Threshold of the non-maximum suppression.")] = 0.6,
@@ -200,7 +208,12 @@ def validate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure COCO mAP and latency of any engine file."""
+    """Measure COCO mAP and latency of any engine file, or of an engine of a release as its manifest says."""
+    if cli_release.is_release(engine):
+        cli_release.validate(context, engine, data, view, as_json, quiet)
+        return
+    if view is not None:
+        raise InputError(f"--engine {view}: {engine} is no release, expected a folder with a manifest.json")
     from qyolo_deploy.validate.run import validate as run_validate
 
     with Reporter(quiet).progress(f"validating {engine.name}") as tick:
@@ -222,14 +235,13 @@ def validate(
 
 @app.command()
 def verify(
-    release: Annotated[Path, typer.Argument(help="Release folder, with its manifest.json.")],
+    release: Annotated[Path, typer.Argument(help="Release folder, with its manifest.json, or a packed .tar.zst.")],
+    key: Annotated[Path | None, typer.Option(help="Public key (PEM) whose holder must have signed it.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prove that a release is whole and unchanged."""
-    from qyolo_deploy.release.verify import verify_release
-
-    verified = verify_release(release)
+    """Prove that a release is whole and unchanged, and with a key who released it."""
+    verified = cli_release.verify_any(release, key)
     facts = {
         "release": str(verified.path),
         "name": verified.manifest.name,
@@ -237,9 +249,11 @@ def verify(
         "files": len(verified.files),
         "size_bytes": verified.size_bytes,
         "digest": verified.digest,
+        "signature": verified.signature,
     }
     if not quiet:
         text = f"{facts['name']} {facts['version']}: {facts['files']} files as released, digest {facts['digest']}"
+        text += f", signature: {verified.signature}"
         stdout().print(text, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(facts))

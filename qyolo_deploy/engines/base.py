@@ -28,6 +28,7 @@ class Runner(Protocol):
         trained_imgsz: The longer side that the file's metadata names, if it does.
         names: Class names in the file's metadata; empty where it has none.
         parallel: Calls, each from a thread of its own, that it computes at the same time; 1 in the mode `latency`.
+        head: How its raw maps are decoded; None where the engine decodes by itself.
     """
 
     path: Path
@@ -36,6 +37,7 @@ class Runner(Protocol):
     trained_imgsz: int | None
     names: tuple[str, ...]
     parallel: int
+    head: Head | None
 
     @property
     def precision_hint(self) -> str | None:

@@ -56,7 +56,7 @@ class OnnxRuntimeRunner:
         height, width = inputs[0].shape[2:]
         self.imgsz = (height, width) if isinstance(height, int) and isinstance(width, int) else None
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self._head = parse_head(path, metadata.get(METADATA_KEY), len(self._outputs))
+        self.head = parse_head(path, metadata.get(METADATA_KEY), len(self._outputs))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
@@ -65,7 +65,7 @@ class OnnxRuntimeRunner:
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the session."""
         outputs = list(self.outputs(images).values())
-        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+        return outputs[0] if self.head is None else self.head.decode(outputs, self._conf)
 
     def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
         """Runs the session."""

@@ -111,7 +111,7 @@ class OpenVinoRunner:
         static = shape[2].is_static and shape[3].is_static
         self.imgsz = (shape[2].get_length(), shape[3].get_length()) if static else None
         metadata = _metadata_beside(xml)
-        self._head = parse_head(xml, metadata.get(METADATA_KEY), len(model.outputs))
+        self.head = parse_head(xml, metadata.get(METADATA_KEY), len(model.outputs))
         self.names, self.trained_imgsz = (
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
@@ -128,7 +128,7 @@ class OpenVinoRunner:
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the compiled model."""
         outputs = list(self.outputs(images).values())
-        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+        return outputs[0] if self.head is None else self.head.decode(outputs, self._conf)
 
     def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
         """Runs the compiled model."""

@@ -52,7 +52,7 @@ class TensorRtRunner:
         self._is_fixed = all(side > 0 for side in shape)
         self.imgsz = shape[2:] if min(shape[2:]) > 0 else None
         self.names, self.trained_imgsz = parse_names(metadata.get("names")), parse_imgsz(metadata.get("imgsz"))
-        self._head = parse_head(path, metadata.get(METADATA_KEY), len(self._outputs))
+        self.head = parse_head(path, metadata.get(METADATA_KEY), len(self._outputs))
         self._stream, self._buffers = Stream(), DeviceBuffers()
 
     def _tensors(self) -> tuple[str, list[str]]:
@@ -68,7 +68,7 @@ class TensorRtRunner:
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs on the GPU."""
         outputs = list(self.outputs(images).values())
-        return outputs[0] if self._head is None else self._head.decode(outputs, self._conf)
+        return outputs[0] if self.head is None else self.head.decode(outputs, self._conf)
 
     def outputs(self, images: NDArray[np.float32], /) -> dict[str, NDArray[np.float32]]:
         """Copies the images to the GPU, runs, and copies the outputs back."""

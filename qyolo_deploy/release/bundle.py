@@ -13,6 +13,7 @@ from qyolo_deploy.atomic import atomic_dir
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.release.manifest import (
     MANIFEST_NAME,
+    SIGNATURE_NAME,
     FileEntry,
     Manifest,
     ReleaseInfo,
@@ -26,8 +27,10 @@ def _check_plan(files: Mapping[str, Path | bytes]) -> None:
     for path, source in files.items():
         if reason := check_relative_path(path):
             raise InputError(f"The release cannot hold {path!r}: {reason}.")
-        if path == MANIFEST_NAME:
-            raise InputError(f"The release cannot hold a file named {MANIFEST_NAME}: that is its manifest.")
+        if path in (MANIFEST_NAME, SIGNATURE_NAME):
+            raise InputError(
+                f"The release cannot hold a file named {path}: that is its manifest or the signature of it."
+            )
         if isinstance(source, Path) and not source.is_file():
             raise InputError(f"{source} is missing, but the release is to ship it as {path!r}.")
     try:

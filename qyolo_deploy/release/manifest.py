@@ -10,6 +10,7 @@ from qyolo_deploy.errors import IntegrityError
 from qyolo_deploy.strict import RelativePath, Sha256, Strict, validation_message
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "manifest.json.sig"
 SCHEMA_VERSION: Final = 1
 
 
@@ -28,11 +29,20 @@ class RecipeRef(Strict):
 
 
 class LineageEntry(Strict):
-    """One stage that led here, with the digest of each of its inputs."""
+    """One stage that led here: the digest of each of its inputs, and of the files that it wrote for the next ones."""
 
     stage: str
     key: str
     inputs: dict[str, str]
+    output: Sha256 | None = None
+
+
+class Calibration(Strict):
+    """Images of the training split that set the first scales."""
+
+    images: int = Field(gt=0)
+    name: str | None = None
+    digest: Sha256 | None = Field(None, description="Of the subset's file; none where the recipe took the first images")
 
 
 class ModelCard(Strict):
@@ -43,15 +53,22 @@ class ModelCard(Strict):
     task: str = "detect"
     names: tuple[str, ...] = Field(min_length=1)
     strides: tuple[int, ...]
+    anchors: tuple[tuple[tuple[float, float], ...], ...] = Field(
+        (), description="Widths and heights in pixels for each stride; none where the head has no anchors"
+    )
     imgsz: int = Field(gt=0)
     parameters: int | None = None
 
 
 class Preprocessing(Strict):
-    """How an image becomes the engine's input."""
+    """How an image becomes the engine's input: scaled so that its longer side is `imgsz`, padded, `pixel * scale`."""
 
     input_name: str = "images"
-    letterbox: Literal["rect", "square"]
+    letterbox: Literal["rect", "square"] = Field(
+        description="As validated: padded to multiples of the largest stride (with half of one more), or to a square"
+    )
+    enlarge: str = "bilinear"
+    shrink: str = "area"
     pad_value: int = 114
     color: Literal["RGB", "BGR"] = "RGB"
     scale: float = 1 / 255
@@ -60,7 +77,10 @@ class Preprocessing(Strict):
 
 
 class Postprocessing(Strict):
-    """How the engine's output becomes detections."""
+    """How the engine's output becomes detections: scores above `conf`, non-maximum suppression within classes.
+
+    An engine with a `raw_head` gives raw maps instead of `output_name`; the keys say what they become first.
+    """
 
     output_name: str = "output0"
     layout: str = "[N, 4 + nc, A]"
@@ -69,6 +89,14 @@ class Postprocessing(Strict):
     iou: float
     max_det: int
     multi_label: bool
+
+
+class RawHead(Strict):
+    """How the raw maps of an engine become boxes: by anchors, or by distributions over `bins` distances."""
+
+    strides: tuple[int, ...]
+    anchors: tuple[tuple[tuple[float, float], ...], ...] = ()
+    bins: int = 0
 
 
 class EngineEntry(Strict):
@@ -81,6 +109,11 @@ class EngineEntry(Strict):
     storage: str | None = None
     precision_hint: str | None = None
     min_runtime_version: str | None = None
+    digest: Sha256 | None = Field(None, description="Of the file, or of its folder's files by path as canonical JSON")
+    size_bytes: int | None = None
+    validated_with: dict[str, str] = Field(default_factory=dict, description="The runtime and its version")
+    validated_on: dict[str, Sha256] = Field(default_factory=dict, description="Digest of the data")
+    raw_head: RawHead | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
 
 
@@ -118,11 +151,15 @@ class ReleaseInfo(Strict):
     lineage: tuple[LineageEntry, ...]
     model: ModelCard
     datasets: dict[str, Sha256]
+    calibration: Calibration | None = None
     preprocessing: Preprocessing
     postprocessing: Postprocessing
     engines: tuple[EngineEntry, ...] = Field(min_length=1)
     gates: tuple[GateEntry, ...]
     licenses: dict[str, str]
+    varying: tuple[RelativePath, ...] = Field(
+        (), description="Files that another build of the same inputs writes with other bytes: times are in them"
+    )
 
 
 class Manifest(ReleaseInfo):
@@ -135,8 +172,9 @@ class Manifest(ReleaseInfo):
     def _files_are_consistent(self) -> Self:
         check_unique(file.path for file in self.files)
         by_path = {file.path: file for file in self.files}
-        if MANIFEST_NAME in by_path:
-            raise ValueError(f"the list of files holds {MANIFEST_NAME} itself")
+        for name in (MANIFEST_NAME, SIGNATURE_NAME):
+            if name in by_path:
+                raise ValueError(f"the list of files holds {name} itself")
         recipe = by_path.get(self.recipe.path)
         if recipe is None or recipe.sha256 != self.recipe.sha256:
             raise ValueError(f"the recipe {self.recipe.path!r} is not among the files with its digest")
@@ -164,6 +202,17 @@ def check_unique(paths: Iterable[str]) -> None:
         folders.update("/".join(parts[:end]) for end in range(1, len(parts)))
     if clash := sorted(seen & folders):
         raise ValueError(f"the path {clash[0]!r} is listed both as a file and as a folder")
+
+
+def manifest_schema() -> dict[str, Any]:
+    """JSON Schema of `manifest.json`."""
+    schema = Manifest.model_json_schema()
+    digest = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "SHA-256 of the rest as canonical JSON"}
+    schema["properties"]["digest"] = digest
+    for key in ("digest", "schema_version"):
+        if key not in schema["required"]:
+            schema["required"].append(key)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def manifest_to_text(manifest: Manifest) -> str:

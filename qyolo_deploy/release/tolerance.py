@@ -1,11 +1,15 @@
 """How far an engine may be off its golden vectors, by scheme, and why.
 
-On the machine that made them an engine repeats itself bit by bit (ONNX Runtime and OpenVINO, any number of threads:
-the order of a sum is the kernel's). Another processor means other kernels. In float they change the last digits: 3e-7
-was seen. On an integer grid a value at a tie between two codes becomes the other code, all later layers see it, and
-the fewer bits the activations have, the larger a code is. Seen on official and trained networks without the kernels'
-fast instructions (AVX2 in place of VNNI): 2e-2 of the outputs' norm with activations of 8 bits, 5e-2 with 4 bits. A
-wrong channel order or scale is 1e-1 to 1e0 away on the noise, which is why it is among the inputs.
+On the machine that made them an engine repeats itself bit by bit: ONNX Runtime and OpenVINO, any number of threads,
+since the order of a sum is the kernel's. Other kernels change last digits in float (3e-7 of the norm was seen). On an
+integer grid a value at a tie between two codes becomes the other code, and all later layers see it; the fewer bits
+the activations have, the larger a code is. Seen where the same QDQ graph ran in other kernels, as a share of the
+scores' norm: at most 0.09 with activations of 8 bits. With 4 bits it was 0.7 to 1.0 on a network that finds little in
+generated scenes: weak scores move by as much as they are, so that only gross errors show on another machine, and
+`qyolo validate` is the better proof.
+
+Kernels that compute something else are to be found, not allowed: yolov5n W8A8 in OpenVINO without VNNI instructions
+is off by 0.8, scores by 0.4. A wrong channel order is 0.2 to 2 away.
 """
 
 import re
@@ -15,8 +19,8 @@ from qyolo_deploy.release.golden import Tolerance
 
 EXACT: Final = Tolerance(relative_error=0.0, score=0.0, iou=1.0)
 _FLOAT: Final = Tolerance(relative_error=1e-4, score=1e-3, iou=0.99)
-_FINE: Final = Tolerance(relative_error=0.1, score=0.1, iou=0.5)
-_COARSE: Final = Tolerance(relative_error=0.2, score=0.2, iou=0.5)
+_FINE: Final = Tolerance(relative_error=0.2, score=0.1, iou=0.5)
+_COARSE: Final = Tolerance(relative_error=1.2, score=0.2, iou=0.5)
 _FINE_BITS = 8
 _HERE = "the same runtime on the same processor repeats itself exactly; elsewhere "
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.console import Reporter
-from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
+from qyolo_deploy.data.dataset import find_input, load_dataset
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import open_engine
 from qyolo_deploy.engines.tensorrt_build import build_plan
@@ -17,7 +17,7 @@ from qyolo_deploy.engines.tensorrt_spec import BuildSpec, read_spec
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 from qyolo_deploy.validate.gates import GateResult, check_gates
 from qyolo_deploy.validate.report import EvalReport
-from qyolo_deploy.validate.run import validate_with
+from qyolo_deploy.validate.run import settings_for, validate_runner
 
 _VIEW = "tensorrt"
 _REPORT_NAME = "tensorrt_report.json"
@@ -98,20 +98,12 @@ def build_on_device(
 
 def _measure(engine: Path, spec: BuildSpec, dataset: DetectionDataset, reporter: Reporter) -> EvalReport:
     section = spec.validation
+    runner = open_engine(engine, conf=section.conf)
+    settings = settings_for(
+        runner, spec.imgsz, conf=section.conf, iou=section.iou, max_det=section.max_det, rect=section.rect
+    )
     with reporter.progress(f"validating {engine.name}") as tick:
-        return validate_with(
-            open_engine(engine, conf=section.conf),
-            dataset,
-            spec.imgsz,
-            conf=section.conf,
-            iou=section.iou,
-            max_det=section.max_det,
-            rect=section.rect,
-            latency_runs=section.latency_runs,
-            name=_VIEW,
-            data_digest=digest_dataset(dataset),
-            progress=tick,
-        )
+        return validate_runner(runner, dataset, settings, name=_VIEW, latency_runs=section.latency_runs, progress=tick)
 
 
 def _references(path: Path, spec: BuildSpec) -> dict[str, EvalReport]:

@@ -1,17 +1,19 @@
 """Stage `release`: engines, model, report and recipe with a manifest that vouches for each byte."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
 from qyolo_deploy.device.selftest import selftest
-from qyolo_deploy.engines.base import engine_files, open_engine
+from qyolo_deploy.engines.base import Runner, engine_files, open_engine
 from qyolo_deploy.engines.requirements import MINIMUM
 from qyolo_deploy.errors import GateFailedError, SelftestError
 from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.bundle import write_release
 from qyolo_deploy.release.manifest import (
+    Calibration,
     CreatedWith,
     EngineEntry,
     GateEntry,
@@ -19,9 +21,11 @@ from qyolo_deploy.release.manifest import (
     ModelCard,
     Postprocessing,
     Preprocessing,
+    RawHead,
     RecipeRef,
     ReleaseInfo,
 )
+from qyolo_deploy.release.sbom import SBOM_NAME, sbom_text
 from qyolo_deploy.release.verify import VerifiedRelease, verify_release
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.golden import Subject, choose_pictures, make_golden
@@ -35,7 +39,10 @@ _FORMATS = {
     TENSORRT_GRAPH: "onnx",
 }
 _RUNTIME_OF = {"float": "onnxruntime", TENSORRT_GRAPH: "onnxruntime"}
+_MACHINE = ("machine", "cpu")
 _RECIPE = "recipe.resolved.yaml"
+# They tell latencies, and the manifest tells digests of the others.
+_VARYING = ("manifest.json", "report.html", "report.json")
 
 
 def run(context: StageContext) -> StageOutput:
@@ -47,23 +54,28 @@ def run(context: StageContext) -> StageOutput:
     gates = context.artifacts["validate"].info["gates"]
     if failed := [gate for gate in gates if not gate["passed"]]:
         raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {failed[0]['reason']}")
-    info = _info(context, gates)
-    files: dict[str, Path | bytes] = {**_files(context), **_golden(context, info)}
+    info, runners = _info(context, gates), {}
+    for engine in info.engines:
+        path, hint = context.folder / engine.path, engine.precision_hint or "f32"
+        runners[engine.view] = open_engine(path, hint, info.postprocessing.conf)
+    info = info.model_copy(update={"engines": tuple(_with_head(engine, runners) for engine in info.engines)})
+    files: dict[str, Path | bytes] = {**_files(context), **_golden(context, info, runners)}
+    files[SBOM_NAME] = sbom_text(info, files).encode()
     folder = write_release(context.folder / "release", files, info)
     verified = verify_release(folder)
     _prove(verified)
     return StageOutput("release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes})
 
 
-def _golden(context: StageContext, info: ReleaseInfo) -> dict[str, bytes]:
+def _with_head(engine: EngineEntry, runners: dict[str, Runner]) -> EngineEntry:
+    head = runners[engine.view].head
+    return engine if head is None else engine.model_copy(update={"raw_head": RawHead(**asdict(head))})
+
+
+def _golden(context: StageContext, info: ReleaseInfo, runners: dict[str, Runner]) -> dict[str, bytes]:
     thresholds, recipe = info.postprocessing, context.recipe
-    subjects = {}
-    for engine in info.engines:
-        path = context.folder / engine.path
-        subjects[engine.view] = Subject(
-            open_engine(path, engine.precision_hint or "f32", thresholds.conf), engine.scheme
-        )
-    source, judge = recipe.release.golden_images, subjects[recipe.export.targets[0]].runner
+    subjects = {engine.view: Subject(runners[engine.view], engine.scheme) for engine in info.engines}
+    source, judge = recipe.release.golden_images, runners[recipe.export.targets[0]]
     pictures = choose_pictures(source, context.dataset, recipe.model.imgsz, judge, thresholds)
     return make_golden(subjects, pictures, thresholds, source)
 
@@ -100,17 +112,20 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
         created_with=CreatedWith(qyolo_deploy=__version__, environment=environment_fingerprint(PACKAGES)),
         recipe=RecipeRef(path=_RECIPE, sha256=sha256_file(context.folder / _RECIPE)),
         lineage=tuple(
-            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs) for stage, artifact in artifacts.items()
+            LineageEntry(stage=stage, key=artifact.key, inputs=artifact.inputs, output=artifact.digest)
+            for stage, artifact in artifacts.items()
         ),
         model=ModelCard(
             family=model["spec"]["family"],
             architecture=context.stem,
             names=tuple(model["spec"]["names"]),
             strides=tuple(model["spec"]["strides"]),
+            anchors=_anchors(model["spec"]),
             imgsz=recipe.model.imgsz,
             parameters=model["parameters"],
         ),
         datasets={split: artifacts["data"].info[split]["digest"] for split in ("train", "val")},
+        calibration=_calibration(context),
         preprocessing=Preprocessing(letterbox=recipe.validate_.letterbox),
         postprocessing=Postprocessing(
             conf=recipe.validate_.conf,
@@ -122,15 +137,33 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
             _engine(context, view) for view in artifacts["validate"].info["views"] if "engine" in view["digests"]
         ),
         gates=tuple(GateEntry(**gate) for gate in gates),
+        varying=_VARYING,
         licenses={"model": recipe.release.license, "qyolo_deploy": "AGPL-3.0-or-later"},
     )
 
 
+def _anchors(spec: dict[str, Any]) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """Pairs of width and height a level, from the flat lists of YOLOv5's configuration."""
+    levels = spec["config"].get("anchors", ())
+    if not isinstance(levels, list | tuple):
+        return ()
+    return tuple(tuple((float(w), float(h)) for w, h in zip(level[::2], level[1::2], strict=True)) for level in levels)
+
+
+def _calibration(context: StageContext) -> Calibration:
+    recorded = context.artifacts["data"].info.get("calibration")
+    limit = context.recipe.data.calibration_images
+    if recorded is None:
+        return Calibration(images=min(limit, context.artifacts["data"].info["train"]["images"]))
+    images = min(limit, recorded["images"])
+    return Calibration(images=images, name=recorded["name"], digest=recorded["digest"])
+
+
 def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
     name, storage = view["name"], context.recipe.export.storage
+    artifact = context.artifacts["validate"]
     runtime = _RUNTIME_OF.get(name, name)
     metrics = {key: view[key] for key in ("map50_95", "map50", "map75")}
-    latency = view["latency_ms"] or {}
     return EngineEntry(
         view=name,
         path=context.artifacts["export"].info["engines"][name],
@@ -139,5 +172,11 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
         storage="float32" if name == "float" else storage,
         precision_hint=view["precision_hint"],
         min_runtime_version=MINIMUM[runtime],
-        metrics=metrics | {f"latency_ms_{key}": value for key, value in latency.items()},
+        digest=view["digests"]["engine"],
+        size_bytes=view["size_bytes"],
+        validated_with={
+            name: version for name, version in artifact.environment.items() if name in (runtime, *_MACHINE)
+        },
+        validated_on={"val": view["digests"]["data"]},
+        metrics=metrics | {f"latency_ms_{key}": value for key, value in (view["latency_ms"] or {}).items()},
     )

@@ -53,62 +53,44 @@ def validate(
     """
     runner = open_engine(Path(engine), precision_hint, conf)
     dataset = load_dataset(find_input(data), split)
-    return validate_with(
-        runner,
-        dataset,
-        imgsz,
-        conf=conf,
-        iou=iou,
-        max_det=max_det,
-        data_digest=digest_dataset(dataset),
-        evaluator=evaluator,
-        progress=progress,
-    )
+    settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
+    return validate_runner(runner, dataset, settings, evaluator=evaluator, progress=progress)
 
 
-def validate_with(
+def validate_runner(
     runner: Runner,
     dataset: DetectionDataset,
-    imgsz: int | None,
+    settings: EvalSettings,
     *,
-    conf: float,
-    iou: float,
-    max_det: int,
-    data_digest: str,
-    rect: bool = True,
-    latency_runs: int = LATENCY_RUNS,
     name: str | None = None,
+    latency_runs: int = LATENCY_RUNS,
     evaluator: Evaluator = "faster",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalReport:
-    """Measures COCO mAP and latency of a loaded engine; see `validate`.
+    """Measures accuracy and latency of a loaded engine.
 
     Args:
         runner: The engine.
         dataset: Images and ground truth.
-        imgsz: Longer side in pixels.
-        conf: Scores above it count.
-        iou: Threshold of the non-maximum suppression.
-        max_det: Detections kept of an image.
-        data_digest: The dataset's digest.
-        rect: Padding to multiples of the stride only, where the engine takes it.
-        latency_runs: Runs whose times count.
+        settings: Size, thresholds, padding.
         name: Of the view; by default the runtime's.
+        latency_runs: Runs whose times count.
         evaluator: Implementation of COCO's metrics.
         progress: Called with images done and in total.
     """
-    settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det, rect=rect)
+    name = name or runner.runtime
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
     latency = measure_latency(runner, example, LATENCY_WARMUP, latency_runs).to_json()
-    if runner.runtime != "tensorrt":  # a GPU is not shared by calls, and engines fill its memory
-        runner = open_engine(runner.path, runner.precision_hint or "f32", conf, mode="throughput")
+    digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
+    if runner.runtime != "tensorrt":  # calls do not share a GPU, and engines fill its memory
+        runner = open_engine(runner.path, runner.precision_hint or "f32", settings.conf, mode="throughput")
     return evaluate_view(
-        name or runner.runtime,
+        name,
         runner,
         dataset,
         settings,
         latency_ms=latency,
-        digests={"engine": digest_engine(runner.path), "data": data_digest},
+        digests=digests,
         progress=progress,
         evaluator=evaluator,
     )[0]
