@@ -157,16 +157,17 @@ def bar_chart(bars: Sequence[Bar], *, title: str, pitch: float = 22.0) -> str:
         pitch: From one bar to the next.
     """
     labels = [shorten(bar.label, 28) for bar in bars]
-    right = 12 + CHAR * max(len(bar.text) for bar in bars)
+    texts = [shorten(bar.text, 20) for bar in bars]
+    right = 12 + CHAR * max(map(len, texts))
     ticks = round_ticks(0.0, max(bar.value for bar in bars) or 1.0, 4)
 
     def paint(axes: "Axes") -> None:
         _rows(axes, labels, ticks)
-        for row, bar in enumerate(bars):
+        for row, (bar, text) in enumerate(zip(bars, texts, strict=True)):
             shape = axes.barh(row, bar.value, 0.62, color=OWN)[0]
-            shape.set_gid(mark(bar.style, f"{bar.label}: {bar.text}"))
+            shape.set_gid(mark(bar.style, f"{bar.label} {bar.text}"))
             about = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": INK}
-            axes.annotate(printable(bar.text), (bar.value, row), annotation_clip=False, **about)
+            axes.annotate(text, (bar.value, row), annotation_clip=False, **about)
 
     left = 14 + CHAR * max(map(len, labels))
     return draw(WIDTH, pitch * len(bars) + 26, (left, 2, right, 24), title, paint)
