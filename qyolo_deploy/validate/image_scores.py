@@ -68,7 +68,7 @@ def _match(found: list[CocoResult], annotations: list[Mapping[str, Any]], iou: f
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     crowds = [annotation for annotation in annotations if annotation.get("iscrowd")]
     overlaps = _overlaps(found, objects, of_detection=False)
-    in_crowd = (_overlaps(found, crowds, of_detection=True) >= iou).any(axis=1)
+    in_crowd = _overlaps(found, crowds, of_detection=True).max(axis=1, initial=0.0) >= iou
     right, wrong = [], []
     for row, result in enumerate(found):
         best = int(overlaps[row].argmax()) if objects else -1

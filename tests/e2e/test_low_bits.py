@@ -55,9 +55,7 @@ def chromium(tmp_path_factory):
 
 
 DECODED = "Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth)))"
-# Text that is shown, or would be if its details were open.
-TEXT = "document.body.textContent.replace(/\\s+/g, ' ')"
-# How far the background and the text of the page are apart, as relative luminance (0 to 255).
+# How much lighter the background of the page is than its text, 0 to 255.
 CONTRAST = """(() => {
   const light = colour => colour.match(/\\d+/g).slice(0, 3).map(Number).reduce((sum, part) => sum + part) / 3;
   const style = getComputedStyle(document.body);
@@ -95,16 +93,20 @@ def test_numbers_of_the_page_are_those_of_the_report(everything, chromium):
         if view["size_bytes"]:
             assert texts["Size, MB"] == f"{view['size_bytes'] / 1e6:.2f}"
             assert texts["p50, ms"] == f"{view['latency_ms']['p50']:.2f}"
-    text = chromium.evaluate(TEXT)
-    for layer in report["quantization"]["layers"]:
-        assert f"{layer['name']} {layer['weight_bits']} {layer['activation_bits']} {layer['weights']}" in text
-        assert f"{layer['input_scale']:.4g}" in text
+    tables = chromium.evaluate(f"[...document.querySelectorAll('#layers table')].map(t => [...t.rows].map({cells}))")
+    (layers,) = [table for table in tables if table[0][:2] == ["Layer", "Weight bits"]]
+    for layer, row in zip(report["quantization"]["layers"], layers[1:], strict=True):
+        expected = [layer[key] for key in ("weight_bits", "activation_bits", "weights", "input_zero_point")]
+        assert [int(row[place].replace("−", "-")) for place in (1, 2, 3, 6)] == expected
+        assert float(row[5]) == float(f"{layer['input_scale']:.4g}")
+        assert row[4].startswith(f"{layer['weight_scale']['median']:.4g}")
     boxes = chromium.evaluate(
         "[...document.querySelectorAll('.boxes rect')].map(box => ['x', 'y', 'width', 'height'].map("
         "side => Number(box.getAttribute(side))))"
     )
     drawn = [box["box"] for e in report["images"]["examples"] for view in e["views"].values() for box in view["boxes"]]
     assert boxes == drawn and len(boxes) > 24
+    text = chromium.evaluate("document.body.textContent")
     assert all(digest in text for digest in report["reproduce"]["digests"].values())
 
 
