@@ -6,7 +6,7 @@ All are narrow enough to be read on a phone without being scaled down much.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qyolo_deploy.release.svg import CARD, GRID, INK, OWN, SOFT, draw, mark, printable
 
@@ -112,7 +112,9 @@ def trace_chart(
             x_ticks = [tick for tick in x_ticks if abs(tick - round(tick)) < 1e-9]
         set_frame(axes, (x_low, x_high), x_ticks if len(x_ticks) > 1 else [], y_ticks, x_label, y_label)
         for trace in traces:
-            dashes = {"linestyle": (0, (5, 4)), "linewidth": 1.2} if trace.kind == "dashed" else {"linewidth": 1.7}
+            dashes: dict[str, Any] = (
+                {"linestyle": (0, (5, 4)), "linewidth": 1.2} if trace.kind == "dashed" else {"linewidth": 1.7}
+            )
             if trace.kind == "marks":
                 dashes |= {"marker": "o", "markersize": _DOTS, "markerfacecolor": CARD, "markeredgewidth": 1.5}
             across, up = zip(*trace.points, strict=True)
@@ -157,16 +159,17 @@ def bar_chart(bars: Sequence[Bar], *, title: str, pitch: float = 22.0) -> str:
         pitch: From one bar to the next.
     """
     labels = [shorten(bar.label, 28) for bar in bars]
-    right = 12 + CHAR * max(len(bar.text) for bar in bars)
+    texts = [shorten(bar.text, 20) for bar in bars]
+    right = 12 + CHAR * max(map(len, texts))
     ticks = round_ticks(0.0, max(bar.value for bar in bars) or 1.0, 4)
 
     def paint(axes: "Axes") -> None:
         _rows(axes, labels, ticks)
-        for row, bar in enumerate(bars):
+        for row, (bar, text) in enumerate(zip(bars, texts, strict=True)):
             shape = axes.barh(row, bar.value, 0.62, color=OWN)[0]
-            shape.set_gid(mark(bar.style, f"{bar.label}: {bar.text}"))
-            about = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": INK}
-            axes.annotate(printable(bar.text), (bar.value, row), annotation_clip=False, **about)
+            shape.set_gid(mark(bar.style, f"{bar.label} {bar.text}"))
+            about: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "color": INK}
+            axes.annotate(text, (bar.value, row), annotation_clip=False, **about)
 
     left = 14 + CHAR * max(map(len, labels))
     return draw(WIDTH, pitch * len(bars) + 26, (left, 2, right, 24), title, paint)
@@ -192,7 +195,11 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], *, title: str) -> str:
             axes.plot([min(ends), max(ends)], [row, row], color=SOFT, linewidth=0.8)
             for rank, dot in enumerate(dots):
                 name = mark(dot.style, f"{label}, {dot.label}: {dot.value:.2f}".replace("-", "−"))
-                look = {"markersize": max(5.5, 11.0 - 2.4 * rank), "markeredgewidth": 2.0, "markerfacecolor": CARD}
+                look: dict[str, Any] = {
+                    "markersize": max(5.5, 11.0 - 2.4 * rank),
+                    "markeredgewidth": 2.0,
+                    "markerfacecolor": CARD,
+                }
                 axes.plot(dot.value, row, "o", color=OWN, clip_on=False, gid=name, **look)
 
     return draw(WIDTH, 22.0 * len(rows) + 26, (14 + CHAR * max(map(len, labels)), 2, 16, 24), title, paint)

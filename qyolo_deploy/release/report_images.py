@@ -7,6 +7,7 @@ from qyolo_deploy.release.report_text import fixed, scalar, view_style, view_tit
 from qyolo_deploy.release.report_views import Table
 
 _LABEL = 0.036  # height of a label as a share of the image's width
+_LETTER = 0.6  # width of a letter as a share of the label's height
 _LEAST_LABELED = 0.11  # width of a box, as a share of the image's, from which its name is written
 
 
@@ -63,10 +64,15 @@ def _panel(view: str, found: Mapping[str, Any], reference: float | None, width: 
 def _box(box: Mapping[str, Any], width: float) -> dict[str, Any]:
     x, y, across, down = box["box"]
     score = box.get("score")
-    name = str(box.get("name"))
+    name, height = str(box.get("name")), width * _LABEL
+    label = f"{name} {score:.2f}" if score is not None and across >= width * _LEAST_LABELED else ""
+    fits = x + (len(label) * _LETTER + 0.3) * height <= width
     return {
         "kind": box.get("kind"),
         "place": (x, y, across, down),
-        "label": f"{name} {score:.2f}" if score is not None and across >= width * _LEAST_LABELED else None,
+        "label": label,
+        "anchor": "start" if fits else "end",
+        "label_x": round(x + 0.3 * height if fits else x + across - 0.3 * height, 1),
+        "label_y": round(y + 1.1 * height, 1),
         "hover": f"{name}, {box.get('kind')}" + ("" if score is None else f", confidence {score:.2f}"),
     }

@@ -87,12 +87,17 @@ def _parity(view: str, found: Mapping[str, Any]) -> dict[str, Any]:
     first, images = found.get("first_departure"), scalar(found.get("images"))
     told = f"{view_title(view)}, {images} images: "
     told += f"the first layer that departs is {first}." if first else "no layer departs."
-    keys = [("sqnr_db", "SQNR, dB"), ("cosine", "Cosine"), ("max_error", "Largest error"), ("differing", "Differing")]
+    head = ["Layer", "SQNR, dB", "Cosine", "Largest error", "Share that differs"]
     rows = [
-        [str(layer.get("name")), _db(layer.get("sqnr_db")), *(_significant(layer.get(key)) for key, _ in keys[1:])]
+        [
+            str(layer.get("name")),
+            _db(layer.get("sqnr_db")),
+            fixed(to_number(layer.get("cosine")), 6),
+            *(_significant(layer.get(key)) for key in ("max_error", "differing")),
+        ]
         for layer in found.get("layers") or []
     ]
-    return {"title": view_title(view), "sentence": told, "table": (["Layer", *(title for _, title in keys)], rows)}
+    return {"title": view_title(view), "sentence": told, "table": (head, rows)}
 
 
 def _parity_charts(parity: Mapping[str, Any]) -> list[Chart]:

@@ -1,6 +1,6 @@
 """What the report tells first: the verdict, the gates, and what each view costs and keeps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qyolo_deploy.release.charts import Bar, Chart, bar_chart
@@ -141,7 +141,7 @@ def conditions_table(views: Sequence[View]) -> Table:
 
 def trade_charts(views: Sequence[View]) -> list[Chart]:
     """Draw accuracy against latency and against size; of the views themselves where they have neither."""
-    axes = [
+    axes: list[tuple[str, str, Callable[[View], float | None], float]] = [
         ("mAP50-95 against latency", "latency p50, ms", lambda view: _latency(view, "p50"), 1.0),
         ("mAP50-95 against size", "size, MB", lambda view: to_number(view.get("size_bytes")), 1e-6),
     ]

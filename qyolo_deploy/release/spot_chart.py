@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qyolo_deploy.release.charts import CHAR, WIDTH, left_margin, round_ticks, set_frame, shorten
 from qyolo_deploy.release.svg import INK, OWN, draw, mark
@@ -51,7 +51,12 @@ def spot_chart(spots: Sequence[Spot], *, title: str, x_label: str, y_label: str)
             axes.plot(spot.x, spot.y, "o", color=OWN, markersize=10, clip_on=False, gid=mark(spot.style, about))
         for spot, name, (dx, dy) in zip(spots, names, _places(names, across, up, width), strict=True):
             side = "right" if dx < 0 else "left"
-            look = {"textcoords": "offset points", "va": "center", "color": INK, "annotation_clip": False}
+            look: dict[str, Any] = {
+                "textcoords": "offset points",
+                "va": "center",
+                "color": INK,
+                "annotation_clip": False,
+            }
             axes.annotate(name, (spot.x, spot.y), xytext=(dx, dy), ha=side, **look)
 
     return draw(WIDTH, _HEIGHT, (left, _TOP, _RIGHT, _BOTTOM), title, paint)

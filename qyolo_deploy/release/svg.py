@@ -4,7 +4,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from qyolo_deploy.errors import RuntimeMissingError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 INK, SOFT, GRID, CARD, OWN = "#000001", "#000002", "#000003", "#000004", "#000005"
 _VARIABLES = dict(zip((INK, SOFT, GRID, CARD, OWN), ("--ink", "--soft", "--grid", "--card", "--c"), strict=True))
 FONT = 11.0
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "path.simplify": False,

@@ -104,7 +104,7 @@ def _inputs(context: StageContext) -> dict[str, str]:
     found = {}
     for stage in ("data", "float"):
         for name, digest in context.artifacts[stage].inputs.items():
-            if name not in context.artifacts:
+            if stage == "data" or name not in context.artifacts:
                 found[f"{name} images" if name in ("train", "val", "unlabeled") else name] = digest
     return found
 

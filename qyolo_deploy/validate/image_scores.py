@@ -67,7 +67,7 @@ def _match(found: list[CocoResult], annotations: list[Mapping[str, Any]], iou: f
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     crowds = [annotation for annotation in annotations if annotation.get("iscrowd")]
     overlaps = _overlaps(found, objects, of_detection=False)
-    in_crowd = (_overlaps(found, crowds, of_detection=True) >= iou).any(axis=1)
+    in_crowd = _overlaps(found, crowds, of_detection=True).max(axis=1, initial=0.0) >= iou
     right, wrong = [], []
     for row, result in enumerate(found):
         best = int(overlaps[row].argmax()) if objects else -1
@@ -82,7 +82,7 @@ def _match(found: list[CocoResult], annotations: list[Mapping[str, Any]], iou: f
 
 def _overlaps(found: Sequence[CocoResult], others: Sequence[Mapping[str, Any]], *, of_detection: bool) -> _Boxes:
     """Return IoU, or the share of the detection, float64 `[found, others]`; 0 for different classes."""
-    first, second = (np.array([item["bbox"] for item in items]).reshape(-1, 4) for items in (found, others))
+    first, second = (np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4) for items in (found, others))
     (start, size), (other_start, other_size) = ((boxes[..., :2], boxes[..., 2:]) for boxes in (first[:, None], second))
     ends = np.minimum(start + size, other_start + other_size)
     shared = (ends - np.maximum(start, other_start)).clip(0).prod(axis=2)

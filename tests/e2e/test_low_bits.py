@@ -5,6 +5,7 @@ import json
 import onnx
 import pytest
 import torch
+from helpers.chromium import Chromium, find_chromium
 
 GATES = '[{view: onnxruntime, metric: map50_95, op: ">=", bound: -0.001, relative_to: fake_quantized}]'
 EVERYTHING = (
@@ -27,8 +28,14 @@ def build(tiny_build, qyolo, out, *settings):
     return folder, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def test_every_method_together_trains_a_model_that_the_engines_hold(tiny_build, qyolo, tmp_path):
-    folder, report = build(tiny_build, qyolo, tmp_path, *EVERYTHING)
+@pytest.fixture(scope="module")
+def everything(tiny_build, qyolo, tmp_path_factory):
+    """A build of 3-bit weights and 4-bit activations: its folder, and its report."""
+    return build(tiny_build, qyolo, tmp_path_factory.mktemp("everything"), *EVERYTHING)
+
+
+def test_every_method_together_trains_a_model_that_the_engines_hold(everything):
+    folder, report = everything
     first, *_ = report["training"]["epochs"]
     assert {"labels", "logits", "features", "map50_95"} <= set(first)
     diagnostics = report["training"]["diagnostics"]
@@ -42,6 +49,81 @@ def test_every_method_together_trains_a_model_that_the_engines_hold(tiny_build, 
 def test_a_gpu_trains_what_the_engines_hold(tiny_build, qyolo, tmp_path):
     outcome = qyolo(*tiny_build.arguments(*EVERYTHING, f"gates={GATES}"), "--out", tmp_path, "--device", "cuda")
     assert outcome.code == 0, outcome.stderr
+
+
+# --- the report in a browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    browser = Chromium(find_chromium(), tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+DECODED = "Promise.all([...document.images].map(image => image.decode().then(() => image.naturalWidth)))"
+# How much lighter the background of the page is than its text, 0 to 255.
+CONTRAST = """(() => {
+  const light = colour => colour.match(/\\d+/g).slice(0, 3).map(Number).reduce((sum, part) => sum + part) / 3;
+  const style = getComputedStyle(document.body);
+  return light(style.backgroundColor) - light(style.color);
+})()"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_opens_whole_in_a_browser(everything, chromium, width, scheme):
+    folder, report = everything
+    chromium.open(folder / "report.html", width, scheme)
+    assert chromium.problems == []
+    assert {url.split(":")[0] for url in chromium.requests} == {"file", "data"}
+    assert chromium.evaluate("document.querySelector('.verdict').checkVisibility()")
+    assert chromium.evaluate("document.querySelector('.verdict').getBoundingClientRect().bottom") < 900
+    assert "gate" in chromium.evaluate("document.querySelector('.verdict strong').innerText")
+    widths = chromium.evaluate(DECODED)
+    # Each example in float and in both engines.
+    assert len(widths) == 3 * len(report["images"]["examples"]) == 24 and min(widths) > 0
+    assert (chromium.evaluate(CONTRAST) > 128) == (scheme == "light") and abs(chromium.evaluate(CONTRAST)) > 128
+    chromium.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert chromium.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_numbers_of_the_page_are_those_of_the_report(everything, chromium):
+    folder, report = everything
+    chromium.open(folder / "report.html", 1280)
+    cells = "row => [...row.cells].map(cell => cell.textContent.trim())"
+    table = chromium.evaluate(f"[...document.querySelectorAll('#views table')[0].rows].map({cells})")
+    for view, row in zip(report["views"], table[1:], strict=True):
+        texts = dict(zip(table[0], row, strict=True))
+        for title, key in (("mAP50-95", "map50_95"), ("mAP50", "map50"), ("mAP75", "map75")):
+            assert texts[title] == f"{view[key] * 100:.2f}"
+        if view["size_bytes"]:
+            assert texts["Size, MB"] == f"{view['size_bytes'] / 1e6:.2f}"
+            assert texts["p50, ms"] == f"{view['latency_ms']['p50']:.2f}"
+    tables = chromium.evaluate(f"[...document.querySelectorAll('#layers table')].map(t => [...t.rows].map({cells}))")
+    (layers,) = [table for table in tables if table[0][:2] == ["Layer", "Weight bits"]]
+    for layer, row in zip(report["quantization"]["layers"], layers[1:], strict=True):
+        expected = [layer[key] for key in ("weight_bits", "activation_bits", "weights", "input_zero_point")]
+        assert [int(row[place].replace("−", "-")) for place in (1, 2, 3, 6)] == expected
+        assert float(row[5]) == float(f"{layer['input_scale']:.4g}")
+        assert row[4].startswith(f"{layer['weight_scale']['median']:.4g}")
+    boxes = chromium.evaluate(
+        "[...document.querySelectorAll('.boxes rect')].map(box => ['x', 'y', 'width', 'height'].map("
+        "side => Number(box.getAttribute(side))))"
+    )
+    drawn = [box["box"] for e in report["images"]["examples"] for view in e["views"].values() for box in view["boxes"]]
+    assert boxes == drawn and len(boxes) > 24
+    text = chromium.evaluate("document.body.textContent")
+    assert all(digest in text for digest in report["reproduce"]["digests"].values())
+
+
+def test_the_report_is_small(everything):
+    folder, report = everything
+    assert (folder / "report.html").stat().st_size < 3e6
+    assert "webp" not in (folder / "report.json").read_text(encoding="utf-8")
+    losses = [example["views"] for example in report["images"]["examples"]]
+    drops = [v["float"]["score"] - min(v["onnxruntime"]["score"], v["openvino"]["score"]) for v in losses]
+    assert drops == sorted(drops, reverse=True)
 
 
 @pytest.mark.slow

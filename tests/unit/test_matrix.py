@@ -156,7 +156,7 @@ def test_the_plot_has_a_dot_for_each_number(result):
     write_plot(result)
     svg = ElementTree.parse(result.folder / "plot.svg").getroot()
     assert svg.tag == "{http://www.w3.org/2000/svg}svg"
-    assert len(svg.findall(".//{*}circle")) == 6
+    assert len(svg.findall(".//{*}g[@class='one']")) == 6
 
 
 # --- builds -------------------------------------------------------------------------------------------------

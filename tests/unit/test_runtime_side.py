@@ -12,9 +12,9 @@ import pytest
 
 import qyolo_deploy
 
-BUILD_SIDE = ("torch", "ultralytics", "onnx", "onnx_ir", "onnxscript", "onnxsim", "jinja2", "openvino")
+BUILD_SIDE = ("torch", "ultralytics", "onnx", "onnx_ir", "onnxscript", "onnxsim", "jinja2", "matplotlib", "openvino")
 # Everything else of the package belongs to the runtime side.
-BUILD_MODULES = re.compile(r"qyolo_deploy\.(models|training|graph|qat|qc|export|stages\.|release\.(report|plots)\b)")
+BUILD_MODULES = re.compile(r"qyolo_deploy\.(models|training|graph|qat|qc|export|stages\.|release\.report\b)")
 
 
 def closure(requirements):
