@@ -10,8 +10,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from qyolo_deploy.data.records import DetectionDataset, ImageRecord
+from qyolo_deploy.validate import image_scores
 from qyolo_deploy.validate.curves import precision_recall
-from qyolo_deploy.validate.image_scores import match_images, worst_losses
+from qyolo_deploy.validate.image_scores import worst_losses
+from qyolo_deploy.validate.results import ResultTable
 
 IDS = (3, 7)  # category ids need not be contiguous
 
@@ -28,6 +30,10 @@ def make_dataset(annotations, images=1):
     }
     records = tuple(ImageRecord(n, Path(f"{n}.jpg"), 100, 100) for n in range(1, images + 1))
     return DetectionDataset(Path("x"), "val", ("cat", "dog"), IDS, records, (), (), truth, None)
+
+
+def match_images(dataset, results, **settings):
+    return image_scores.match_images(dataset, ResultTable.from_coco(results), **settings)
 
 
 def detection(box, score=0.9, category=3, image=1):
@@ -105,7 +111,7 @@ def noisy():
 
 def test_curves_are_those_of_pycocotools(noisy):
     dataset, found = noisy
-    curves = precision_recall(dataset, {"float": found, "nothing": []})
+    curves = precision_recall(dataset, {"float": ResultTable.from_coco(found), "nothing": ResultTable.from_coco([])})
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         annotations = [{**a, "id": a["id"] + 1} for a in dataset.ground_truth["annotations"]]
