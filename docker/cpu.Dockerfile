@@ -54,7 +54,8 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv --without-pip /opt/qyolo \
  && python -m pip --python /opt/qyolo/bin/python install --no-cache-dir --index-url "$TORCH_INDEX" \
       "$TORCH" torchvision \
- && python -m pip --python /opt/qyolo/bin/python install --no-cache-dir "$(echo /wheel/*.whl)[build]"
+ && python -m pip --python /opt/qyolo/bin/python install --no-cache-dir "$(echo /wheel/*.whl)[build]" \
+ && python -m pip --python /opt/qyolo/bin/python uninstall --yes openvino-telemetry
 
 FROM runtime AS build
 # torch compiles a few small kernels where it finds a compiler, into TORCHINDUCTOR_CACHE_DIR. Debian keeps one version of
@@ -71,9 +72,11 @@ USER 10001:10001
 FROM wheel AS validate-environment
 # "openvino", or nothing for ONNX Runtime alone.
 ARG EXTRAS=openvino
-# OpenVINO's plugins for other processors than the CPU are a third of it, and find none in here.
+# OpenVINO's plugins for other processors than the CPU are a third of it, and find none in here. Its telemetry would
+# leave an id under HOME; it works without.
 RUN python -m venv --without-pip /opt/qyolo \
  && python -m pip --python /opt/qyolo/bin/python install --no-cache-dir "$(echo /wheel/*.whl)${EXTRAS:+[$EXTRAS]}" \
+ && python -m pip --python /opt/qyolo/bin/python uninstall --yes openvino-telemetry \
  && rm -f /opt/qyolo/lib/python3*/site-packages/openvino/libs/libopenvino_intel_[gn]pu_plugin.so \
       /opt/qyolo/lib/python3*/site-packages/openvino/libs/cache.json
 

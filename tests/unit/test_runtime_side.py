@@ -113,6 +113,24 @@ def test_verify_and_recipes_work(light_qyolo, tiny_build):
     assert light_qyolo("recipe", "schema").returncode == 0
 
 
+def test_verify_loads_no_runtime(light, tiny_build):
+    """It is to be quick on a device, and to say something where the runtime itself is broken."""
+    code = (
+        "import json, sys; from qyolo_deploy.cli import app; app(standalone_mode=False);"
+        "print(json.dumps([name for name in ('numpy', 'cv2', 'onnxruntime') if name in sys.modules]))"
+    )
+    process = light(code, "verify", tiny_build.folder / "release")
+    assert process.stdout.startswith("quickstart 1.0.0: ")
+    assert last_json(process) == []
+
+
+def test_engines_are_compared_by_their_speed(light_qyolo, tiny_build):
+    arguments = ("--imgsz", "128", "--rounds", "2", "--runs", "1", "--json")
+    process = light_qyolo("bench", "engines", tiny_build.onnx, *arguments)
+    assert process.returncode == 0, process.stderr
+    assert [row["name"] for row in last_json(process)["rows"]] == [tiny_build.onnx.name]
+
+
 def test_the_quantized_model_is_readable(light, tiny_build):
     code = (
         "import json, sys; from pathlib import Path; from qyolo_deploy import QuantizedModel;"
