@@ -166,7 +166,7 @@ def test_onnxruntime(scheme, pico, float_model, make_prepared, images):
     assert_onnxruntime_parity(pico, float_model, quantized, images)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w3a3"])
+@pytest.mark.parametrize("scheme", ["w8a8", pytest.param("w3a3", marks=pytest.mark.slow)])
 def test_openvino(scheme, pico, float_model, make_prepared, images, tmp_path):
     quantized, inner = frozen(pico, make_prepared, images, scheme)
     assert_openvino_parity(pico, float_model, quantized, inner, images, tmp_path / "engine")
