@@ -51,11 +51,13 @@ class OpenVinoTensors:
     def _see(self, name: str, output: Any, grids: dict[str, Grid]) -> None:
         """Notes a tensor if it is a rounded one, or if its only reader rounds it."""
         node, module = output.get_node(), name.removesuffix(_DEQUANTIZED)
-        readers = [port.get_node() for port in output.get_target_inputs()]
-        if module == name and len(readers) == 1 and _is_rounding(readers[0]) and not readers[0].output(0).get_names():
-            node, output = readers[0], readers[0].output(0)
-        elif module == name or not is_module(module):
+        if not is_module(module):
             return
+        if module == name:
+            readers = [port.get_node() for port in output.get_target_inputs()]
+            if len(readers) != 1 or not _is_rounding(readers[0]) or readers[0].output(0).get_names():
+                return
+            node, output = readers[0], readers[0].output(0)
         self._outputs[module] = output
         if _is_rounding(node):
             grids[module] = _grid(node)
