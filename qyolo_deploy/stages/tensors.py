@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from qyolo_deploy.validate.parity import Grid, TensorErrors
 
+_INPUT = "images"
+
 Tensors = dict[str, NDArray[np.float32]]
 Watch = Callable[[NDArray[np.float32]], Tensors]
 
@@ -43,3 +45,8 @@ def intact_db(looking: Sequence[NDArray[np.float32]], plain: Sequence[NDArray[np
     for one, other in zip(plain, looking, strict=True):
         outputs.add(one, other)
     return outputs.result().sqnr_db
+
+
+def is_module(name: str) -> bool:
+    """Whether a tensor is named after the module that makes it, or is the image; decoding has other names."""
+    return "." in name or name == _INPUT

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
-from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db
+from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db, is_module
 from qyolo_deploy.validate.parity import EXACT_DB, Grid
 
 _DEQUANTIZED = ".dequantized"
@@ -41,14 +41,10 @@ class OnnxTensors:
         self._makers = {name: node for node in self._model.graph.node for name in node.output}
         self._initializers = {tensor.name: tensor for tensor in self._model.graph.initializer}
         self._rounded = {
-            node.output[0].removesuffix(_DEQUANTIZED): node
+            name: node
             for node in self._model.graph.node
-            if node.op_type == "DequantizeLinear" and node.output[0].endswith(_DEQUANTIZED)
+            if node.op_type == "DequantizeLinear" and (name := _rounded_name(node.output[0])) is not None
         }
-        # Parts of a rounded tensor are rounded once more, but are no tensors of modules.
-        parts = [name for node in self._model.graph.node if node.op_type == "Split" for name in node.output]
-        for name in parts:
-            self._rounded.pop(name, None)
         self._zero_points = {name: self._constant(node.input[2]) for name, node in self._rounded.items()}
         self.grids: Mapping[str, Grid] = {name: self._grid(name) for name in self._rounded}
         order = {name: index for index, name in enumerate(self._makers)}
@@ -71,7 +67,7 @@ class OnnxTensors:
         What stands between a kernel and its rounding there must not be touched, and decoding has no modules.
         """
         if not self._rounded:
-            return [name for name in self._makers if "." in name]
+            return [name for name in self._makers if is_module(name)]
         convolutions = [(name, node) for name, node in self._makers.items() if node.op_type == "Conv"]
         return [n for n, node in convolutions if n not in self._rounded and node.input[1] not in self._makers]
 
@@ -115,3 +111,9 @@ class OnnxTensors:
         options.log_severity_level = 3
         data = model.SerializeToString()
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def _rounded_name(dequantized: str) -> str | None:
+    """Name of the tensor that a DequantizeLinear stands for; None for weights, biases and parts of split tensors."""
+    name = dequantized.removesuffix(_DEQUANTIZED)
+    return name if name != dequantized and is_module(name) else None

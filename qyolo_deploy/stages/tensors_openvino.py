@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qyolo_deploy.engines.openvino import OpenVinoRunner
-from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db
+from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db, is_module
 from qyolo_deploy.validate.parity import EXACT_DB, Grid
 
 _DEQUANTIZED = ".dequantized"
-_SPLITS = ("Split", "VariadicSplit")
 
 
 class OpenVinoTensors:
@@ -52,11 +51,13 @@ class OpenVinoTensors:
     def _see(self, name: str, output: Any, grids: dict[str, Grid]) -> None:
         """Notes a tensor if it is a rounded one, or if its only reader rounds it."""
         node, module = output.get_node(), name.removesuffix(_DEQUANTIZED)
-        readers = [port.get_node() for port in output.get_target_inputs()]
-        if module == name and len(readers) == 1 and _is_rounding(readers[0]) and not readers[0].output(0).get_names():
+        if not is_module(module):
+            return
+        if module == name:
+            readers = [port.get_node() for port in output.get_target_inputs()]
+            if len(readers) != 1 or not _is_rounding(readers[0]) or readers[0].output(0).get_names():
+                return
             node, output = readers[0], readers[0].output(0)
-        elif module == name or (_is_rounding(node) and node.input_value(0).get_node().get_type_name() in _SPLITS):
-            return  # parts of a rounded tensor are rounded once more, but are no tensors of modules
         self._outputs[module] = output
         if _is_rounding(node):
             grids[module] = _grid(node)
@@ -64,7 +65,7 @@ class OpenVinoTensors:
     def _float_outputs(self) -> dict[str, Any]:
         """Of a model without integers, the tensors of all modules."""
         outputs = (output for node in self._model.get_ordered_ops() for output in node.outputs())
-        return {name: output for output in outputs for name in output.get_names() if "." in name}
+        return {name: output for output in outputs for name in output.get_names() if is_module(name)}
 
     def watch(self, names: Sequence[str]) -> Watch:
         """See `TensorSource`."""

@@ -73,7 +73,8 @@ class Parity:
         compared: What the second is called.
         images: How many were compared.
         layers: The tensors that both have.
-        both_quantized: Whether the two are integers of the same grids, else one of them is a float model.
+        both_quantized: Whether the two are integers of the same grids: their codes tell where they depart then, else
+            their SQNR.
         threshold_db: Below it a tensor departs, where not both are quantized.
         only: View -> names of the quantized tensors that the other does not have or does not round.
         intact_db: View -> SQNR of its outputs while it was looked into against those without; `EXACT_DB` is as it

@@ -152,7 +152,7 @@ def assert_openvino_parity(detector, float_graph, quantized, inner, images, fold
     to_reference, to_view = HeadNoise(reference, heads), HeadNoise(reference, heads)
     for image in images:
         codes = run(image[None].numpy())
-        assert set(heads) <= set(codes) and len(codes) > 0.75 * len(reference.rounded)
+        assert set(heads) <= set(codes) and len(codes) > 0.75 * len(set(quantized.activations) - left_out)
         to_reference.add(codes, assert_explained(reference, codes, image[None].numpy()))
         simulated, _ = codes_of_simulation(view, quantized, image[None])
         shifts = {name: shift_to_top(quantized.activations[name].spec) for name in heads}
@@ -166,7 +166,7 @@ def test_onnxruntime(scheme, pico, float_model, make_prepared, images):
     assert_onnxruntime_parity(pico, float_model, quantized, images)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w3a3"])
+@pytest.mark.parametrize("scheme", ["w8a8", pytest.param("w3a3", marks=pytest.mark.slow)])
 def test_openvino(scheme, pico, float_model, make_prepared, images, tmp_path):
     quantized, inner = frozen(pico, make_prepared, images, scheme)
     assert_openvino_parity(pico, float_model, quantized, inner, images, tmp_path / "engine")

@@ -15,7 +15,12 @@ from qyolo_deploy.recipe import Recipe
 from qyolo_deploy.stages.sensitivity import Cost, Part, Sensitivity, override_lines, sensitivity_table
 from qyolo_deploy.stages.sensitivity_measure import measure, parts_of
 
-RECIPE = {"name": "x", "model": {"architecture": "x", "imgsz": 64}, "data": {"source": "x"}}
+RECIPE = {
+    "name": "x",
+    "validate": {"rect": False},
+    "model": {"architecture": "x", "imgsz": 64},
+    "data": {"source": "x"},
+}
 LAYER, TENSOR = "model.2.cv1.conv", "model.4.cv1.act.mul"
 
 
