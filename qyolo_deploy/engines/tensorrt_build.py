@@ -18,7 +18,8 @@ from qyolo_deploy.recipe import TensorRtSection
 
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 # Where in TensorRT's source something was noticed, and what its probing for a GPU says where there is none.
-_PLACES = re.compile(r"\s*\(?\bIn \w+ at \S+\)?|^\[?\w+\.(?:cpp|h):[^\]]*\]?:?\s*")
+_PLACES = re.compile(r"\.?\s*\bIn \w+ at \S+?(?=\)|\s|$)")
+_KIND = re.compile(r"(?:\S+: )?Error Code \d+: [\w ]+ \((?P<text>.*)\)$")
 _NO_GPU = "cudaError 35"
 
 
@@ -204,7 +205,9 @@ def shorten(message: str) -> str:
     """A message of TensorRT without the places in its source and what follows from there being no GPU."""
     lines = [line for line in message.splitlines() if line.strip() and _NO_GPU not in line]
     told = [line for line in lines if not line.startswith("Invalid Node")] or lines or [message]
-    return " ".join(_PLACES.sub("", told[0]).split())
+    text = " ".join(_PLACES.sub("", told[0]).split())
+    kind = _KIND.search(text)
+    return text if kind is None else kind["text"]
 
 
 def _blamed(message: str, network: Any) -> str:
@@ -215,5 +218,5 @@ def _blamed(message: str, network: Any) -> str:
 
 def named_node(message: str, names: Iterable[str]) -> str | None:
     """The longest of the names that a message contains as a whole word."""
-    found = [name for name in names if name and re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", message)]
+    found = [name for name in names if name and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", message)]
     return max(found, key=len, default=None)

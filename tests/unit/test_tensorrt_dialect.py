@@ -155,7 +155,7 @@ def test_grids_of_few_bits_give_the_codes_of_the_view(pico, few_bits, float_mode
     exact = {name: g for name, g in few_bits.activations.items() if fits_int8(g)}
     made = tensorrt_dialect(float_model, few_bits)
     assert not set(made.coarser) & set(exact)
-    first = "model.0.act"
+    first = "model.0.act.mul"
     found = codes_of(made.model, [first])(images)[first].astype(int)
     view = simulate(pico, few_bits)
     seen = {}
