@@ -27,7 +27,7 @@ from qyolo_deploy.engines.base import Runner, available_cores, open_engine
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.stages.bench_engines_turns import summarize, take_turns
 from qyolo_deploy.validate.evaluate import EvalSettings
-from qyolo_deploy.validate.run import settings_for, validate_on
+from qyolo_deploy.validate.run import settings_for, validate_runner
 
 _PACKAGES = ("onnxruntime", "openvino", "ultralytics", "numpy", "opencv-python", "faster-coco-eval")
 _BARE, _TOGETHER, _OURS, _ULTRALYTICS = "inference", "inference, several at a time", "qyolo validate", "ultralytics val"
@@ -82,10 +82,10 @@ def run_bench(engine: Path, data: str, settings: BenchValidateSettings, tick: Ti
     dataset = take_images(dataset, range(min(settings.images, len(dataset))))
     how = settings_for(one, settings.imgsz, conf=0.001, iou=0.6, max_det=300)
     tensors = [_tensor(record.path, how) for record in dataset.images]
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         _BARE: lambda: _all(one, tensors),
         _TOGETHER: lambda: _all(several, tensors),
-        _OURS: lambda: validate_on(dataset, engine, how.imgsz),
+        _OURS: lambda: validate_runner(open_engine(engine), dataset, how),
     }
     notes: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ class StageContext:
         architecture: Name or path of the architecture; None takes the checkpoint's.
         artifacts: What the stages before it left, by stage.
         reporter: Where progress goes.
+        previous_release: Folder or report of the last release, if the recipe names one.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class StageContext:
     architecture: str | None
     artifacts: Mapping[str, Artifact]
     reporter: Reporter
+    previous_release: Path | None = None
 
     @property
     def dataset(self) -> Path:

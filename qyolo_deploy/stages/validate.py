@@ -24,9 +24,11 @@ from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.views import TorchRunner, sqnr_db
+from qyolo_deploy.validate.bootstrap import bootstrap, with_interval
 from qyolo_deploy.validate.detections import decode
 from qyolo_deploy.validate.evaluate import EvalSettings
 from qyolo_deploy.validate.gates import GateResult, check_gates
+from qyolo_deploy.validate.last_release import read_release
 from qyolo_deploy.validate.latency import measure_paired
 from qyolo_deploy.validate.report import EvalReport
 from qyolo_deploy.validate.run import digest_engine, evaluate_view, settings_for
@@ -64,7 +66,7 @@ def run(context: StageContext) -> StageOutput:
     )
     latencies = _latencies(context, engines, dataset, settings)
     data_digest = context.artifacts["data"].info["val"]["digest"]
-    reports = {}
+    reports, found = {}, {}
     for view in ("float", "fake_quantized", *recipe.export.targets):
         with context.reporter.progress(f"validating {view}") as tick:
             digests = {"data": data_digest}
@@ -75,7 +77,7 @@ def run(context: StageContext) -> StageOutput:
                 path = engines[view].path
                 runner = open_engine(path, conf=recipe.validate_.conf, mode="throughput")
                 digests["engine"] = digest_engine(path)
-            reports[view] = evaluate_view(
+            reports[view], found[view] = evaluate_view(
                 view,
                 runner,
                 dataset,
@@ -84,7 +86,10 @@ def run(context: StageContext) -> StageOutput:
                 latency_ms=latencies.get(view),
                 progress=tick,
             )
-    results = check_gates(recipe.gates, reports)
+    resampled = {view: bootstrap(dataset, results) for view, results in found.items()}
+    reports = {view: with_interval(report, reports["float"], resampled) for view, report in reports.items()}
+    last = None if context.previous_release is None else read_release(context.previous_release)
+    results = check_gates(recipe.gates, reports, resampled, last)
     report = _compose(context, reports, results)
     report["samples"] = _samples(engines[recipe.export.targets[0]], dataset, settings)
     files = [context.folder / "report.json", context.folder / "report.html"]

@@ -14,6 +14,7 @@ from qyolo_deploy.validate.coco_map import Evaluator
 from qyolo_deploy.validate.evaluate import DetectorRunner, EvalSettings, evaluate
 from qyolo_deploy.validate.latency import measure_latency
 from qyolo_deploy.validate.report import EvalReport
+from qyolo_deploy.validate.results import ResultTable
 
 DEFAULT_IMGSZ = 640
 LATENCY_RUNS = 20
@@ -35,7 +36,7 @@ def validate(
     """Measures COCO mAP and latency of an engine file.
 
     Args:
-        engine: Our ONNX, an ultralytics ONNX, an OpenVINO folder or .xml.
+        engine: Our ONNX, an ultralytics ONNX, a TensorRT engine, an OpenVINO folder or .xml.
         data: Dataset YAML, its folder or a COCO JSON.
         imgsz: Longer side in pixels; by default what the engine's metadata or fixed input says, else 640.
         conf: Scores above it count.
@@ -50,37 +51,49 @@ def validate(
         InputError: If engine or data are not usable or do not fit each other.
         RuntimeMissingError: If the engine's runtime is not installed.
     """
-    return validate_on(
-        load_dataset(find_input(data), split), engine, imgsz, conf, iou, max_det, precision_hint, evaluator, progress
-    )
+    runner = open_engine(Path(engine), precision_hint, conf)
+    dataset = load_dataset(find_input(data), split)
+    settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
+    return validate_runner(runner, dataset, settings, evaluator=evaluator, progress=progress)
 
 
-def validate_on(
+def validate_runner(
+    runner: Runner,
     dataset: DetectionDataset,
-    engine: str | Path,
-    imgsz: int | None = None,
-    conf: float = 0.001,
-    iou: float = 0.6,
-    max_det: int = 300,
-    precision_hint: str = "f32",
+    settings: EvalSettings,
+    *,
+    name: str | None = None,
+    latency_runs: int = LATENCY_RUNS,
     evaluator: Evaluator = "faster",
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalReport:
-    """The same on a dataset that is loaded already."""
-    runner = open_engine(Path(engine), precision_hint, conf)
-    settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
+    """Measures accuracy and latency of a loaded engine.
+
+    Args:
+        runner: The engine.
+        dataset: Images and ground truth.
+        settings: Size, thresholds, padding.
+        name: Of the view; by default the runtime's.
+        latency_runs: Runs whose times count.
+        evaluator: Implementation of COCO's metrics.
+        progress: Called with images done and in total.
+    """
+    name = name or runner.runtime
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
-    latency = measure_latency(runner, example, LATENCY_WARMUP, LATENCY_RUNS).to_json()
+    latency = measure_latency(runner, example, LATENCY_WARMUP, latency_runs).to_json()
+    digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
+    if runner.runtime != "tensorrt":  # calls do not share a GPU, and engines fill its memory
+        runner = open_engine(runner.path, runner.precision_hint or "f32", settings.conf, mode="throughput")
     return evaluate_view(
-        runner.runtime,
-        open_engine(runner.path, precision_hint, conf, mode="throughput"),
+        name,
+        runner,
         dataset,
         settings,
         latency_ms=latency,
-        digests={"engine": digest_engine(runner.path), "data": digest_dataset(dataset)},
+        digests=digests,
         progress=progress,
         evaluator=evaluator,
-    )
+    )[0]
 
 
 def settings_for(
@@ -123,7 +136,7 @@ def evaluate_view(
     latency_ms: dict[str, float] | None = None,
     progress: Callable[[int, int], None] | None = None,
     evaluator: Evaluator = "faster",
-) -> EvalReport:
+) -> tuple[EvalReport, ResultTable]:
     """Evaluates one view of a model and puts everything known about it into a report.
 
     Args:
@@ -135,10 +148,13 @@ def evaluate_view(
         latency_ms: p50 and p95, if measured.
         progress: Called with images done and in total.
         evaluator: Implementation of COCO's metrics.
+
+    Returns:
+        The report, and the detections.
     """
-    metrics, _ = evaluate(runner, dataset, settings, progress=progress, evaluator=evaluator)
+    metrics, results = evaluate(runner, dataset, settings, progress=progress, evaluator=evaluator)
     path = getattr(runner, "path", None)
-    return EvalReport(
+    report = EvalReport(
         name=name,
         metrics=metrics,
         images=len(dataset),
@@ -150,3 +166,4 @@ def evaluate_view(
         latency_ms=latency_ms,
         digests=digests,
     )
+    return report, results
