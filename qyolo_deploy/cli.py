@@ -123,12 +123,26 @@ def _print_build(result: dict[str, Any]) -> None:
         console.print(f"{result['folder']}: everything is up to date, nothing was done", markup=False)
     if result["views"]:
         console.print(_views_table(result["views"], result["gates"], result["not_run"]))
-    for gate in result["gates"]:
-        if not gate["passed"]:
-            console.print(f"gate failed: {gate['reason']}", style="red", markup=False)
+    if failed := [gate for gate in result["gates"] if not gate["passed"]]:
+        console.print(_failed_table(failed))
+    for gate in failed:
+        console.print(f"gate failed: {gate['reason']}", style="red", markup=False)
     report = Path(result["folder"]) / "report.html"
     if result["views"]:
         console.print(f"report: {report}", markup=False, soft_wrap=True)
+
+
+def _failed_table(gates: Iterable[dict[str, Any]]) -> Table:
+    """Gates that failed, and by how much."""
+    table = make_table("failed gate", "view", "relative to")
+    for column in ("observed", "reference", "value", "at confidence", "bound", "missed by"):
+        table.add_column(column, justify="right")
+    for gate in gates:
+        numbers = [gate[key] for key in ("observed", "reference", "value", "at_confidence")]
+        cells = ["-" if number is None else f"{number:.5g}" for number in (*numbers, gate["missed_by"])]
+        cells.insert(-1, f"{gate['op']} {gate['bound']:g}")
+        table.add_row(escape(gate["metric"]), gate["view"], gate["relative_to"] or "-", *cells)
+    return table
 
 
 def _views_table(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -61,6 +61,11 @@ def engines(
     runs: Annotated[int, typer.Option(help="Inferences of a turn.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Of each engine; by default its runtime's choice.")] = None,
     conf: Annotated[float, typer.Option(help="Of raw head maps, candidates with a score above it are decoded.")] = 0.25,
+    batch: Annotated[int, typer.Option(help="Images of an inference.")] = 1,
+    mode: Annotated[
+        Literal["latency", "throughput"], typer.Option(help="One inference at a time, or as many as the cores take.")
+    ] = "latency",
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory, in processes of their own.")] = False,
     precision_hint: Annotated[
         list[str] | None, typer.Option(help="Of OpenVINO: f32 (default), bf16 or f16; each one given makes a row.")
     ] = None,
@@ -84,7 +89,8 @@ def engines(
     from qyolo_deploy.stages.bench_engines_own import parse_schemes
     from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, parse_engines
 
-    settings, hints = BenchEnginesSettings(imgsz, rounds, runs, threads, conf), precision_hint or ["f32"]
+    settings = BenchEnginesSettings(imgsz, rounds, runs, threads, conf, batch, mode, memory)
+    hints = precision_hint or ["f32"]
     subjects = parse_engines(engines or (), hints, baseline)
     wanted, reporter = parse_schemes(schemes or ""), Reporter(quiet)
     if wanted or peers:

@@ -27,6 +27,7 @@ from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
 from qyolo_deploy.recipe import SYNTHETIC, Recipe
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, builtin_weights
+from qyolo_deploy.validate.last_release import report_of_release
 
 _RECORDS = ".stages"
 # Another version of these may give another engine or another number from the same engine.
@@ -68,7 +69,7 @@ STAGES = (
     ),
     Stage(
         "validate",
-        8,
+        9,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),
@@ -202,6 +203,8 @@ class _Plan:
         self.unlabeled = None if unlabeled is None else find_input(unlabeled, path, "data.unlabeled")
         calibration = recipe.data.calibration
         self.calibration = None if calibration is None else find_input(calibration, path, "data.calibration")
+        release = recipe.validate_.last_release
+        self.release = None if release is None else find_input(release, path, "validate.last_release")
         weights = recipe.model.weights
         self.weights: Path | None = None
         if weights is not None:
@@ -228,6 +231,8 @@ class _Plan:
             found["unlabeled"] = sha256_json(images)
         if stage.name == "data" and self.calibration is not None:
             found["calibration"] = read_calibration_set(self.calibration).digest
+        if stage.name == "validate" and self.release is not None:
+            found["last release"] = sha256(report_of_release(self.release))
         if stage.name == "train":
             found["inside activations"] = str("onnxruntime" in self.recipe.export.targets)
         if stage.name == "float" and self.weights is not None:
@@ -349,6 +354,7 @@ class _Build:
                 artifacts=self._artifacts,
                 reporter=self._reporter,
                 device=self._device,
+                previous_release=self._plan.release,
             )
         )
         artifact = Artifact.of_files(

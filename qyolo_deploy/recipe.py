@@ -13,6 +13,9 @@ Rate = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SYNTHETIC = "synthetic"
 TENSORRT_GRAPH = "tensorrt_graph_on_onnxruntime"
+LAST_RELEASE = "release"
+PER_CLASS = "per_class."
+_RESAMPLED = ("map50_95", "map50", "map75", "map_small", "map_medium", "map_large")
 
 
 class Section(BaseModel):
@@ -342,6 +345,9 @@ class ValidateSection(Section):
     parity_images: Annotated[int, Field(ge=0)] = Field(
         2, description="Images on which each engine is compared with the fake-quantized model layer by layer"
     )
+    last_release: str | None = Field(
+        None, description="Folder of the last release, or its report.json, for gates `relative_to: release`"
+    )
 
     @property
     def letterbox(self) -> Literal["rect", "square"]:
@@ -358,8 +364,11 @@ class Gate(Section):
             `size_bytes`, `per_class.person`, `parity.min_sqnr_db`, `parity.differing`. Accuracies are fractions.
         op: How the value must relate to the bound.
         bound: In the unit of the metric, or a ratio.
-        relative_to: Another view; the value is then not the number itself but its relation to the other's.
+        relative_to: Another view, or `release` for the same view of the last release; the value is then not the
+            number itself but its relation to the other's.
         mode: That relation: `difference` (observed - reference) or `ratio` (observed / reference).
+        confidence: The bound must hold for this share of the resampled images (paired bootstrap) rather than on the
+            images as they are; accuracies only. A last release's number counts as exact.
     """
 
     view: str
@@ -368,6 +377,13 @@ class Gate(Section):
     bound: FiniteFloat
     relative_to: str | None = None
     mode: Literal["difference", "ratio"] = "difference"
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_confidence(self) -> "Gate":
+        if self.confidence is not None and self.metric not in _RESAMPLED and not self.metric.startswith(PER_CLASS):
+            raise ValueError(f"confidence is for {', '.join(_RESAMPLED)} and {PER_CLASS}<name>, not for {self.metric}")
+        return self
 
     @model_validator(mode="after")
     def _check_reference(self) -> "Gate":
@@ -424,9 +440,11 @@ class Recipe(Section):
         """A gate on a view that is never measured would fail, but only after all the training."""
         views = ("float", "fake_quantized", *self.export.views)
         for index, gate in enumerate(self.gates):
-            for key in ("view", "relative_to"):
-                if (name := getattr(gate, key)) not in (None, *views):
-                    raise ValueError(f"gates.{index}.{key}: expected one of {', '.join(views)}, found {name!r}")
+            if gate.relative_to == LAST_RELEASE and self.validate_.last_release is None:
+                raise ValueError(f"gates.{index}.relative_to: release needs validate.last_release")
+            for key, known in (("view", views), ("relative_to", (*views, LAST_RELEASE))):
+                if (name := getattr(gate, key)) not in (None, *known):
+                    raise ValueError(f"gates.{index}.{key}: expected one of {', '.join(known)}, found {name!r}")
         return self
 
     def section(self, stage: str) -> dict[str, Any]:

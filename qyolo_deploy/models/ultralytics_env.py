@@ -48,6 +48,26 @@ def import_ultralytics() -> ModuleType:
     return ultralytics
 
 
+def ensure_torchvision() -> bool:
+    """Let ultralytics validate where torchvision is missing or does not fit torch: of it, only suppression is used.
+
+    ultralytics has its own, which it says gives the very same, but asks for the package before it would take it.
+
+    Returns:
+        Whether torchvision itself is there.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError):
+        suppression: Any = importlib.import_module("ultralytics.utils.nms")
+        stand_in: Any = ModuleType("torchvision")
+        stand_in.ops = ModuleType("torchvision.ops")
+        stand_in.ops.nms = suppression.TorchNMS.nms
+        sys.modules["torchvision"] = stand_in
+        return False
+    return True
+
+
 def _remove_own_folder(folder: str, owner: int) -> None:
     """Remove the temporary settings folder, unless in a forked worker, which only inherited the handler."""
     if os.getpid() == owner:

@@ -126,11 +126,14 @@ class GateEntry(Strict):
     bound: float
     relative_to: str | None = None
     mode: str | None = None
+    confidence: float | None = None
     observed: float | None = None
     reference: float | None = None
     value: float | None = None
     passed: bool
     reason: str | None = None
+    at_confidence: float | None = None
+    missed_by: float | None = None
 
 
 class FileEntry(Strict):

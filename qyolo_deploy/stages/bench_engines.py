@@ -10,25 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from qyolo_deploy._version import __version__
 from qyolo_deploy.artifact import environment_fingerprint
 from qyolo_deploy.console import Tick
-from qyolo_deploy.data.images import read_image
-from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.engines.base import Runner, engine_files
 from qyolo_deploy.engines.openvino import OpenVinoRunner
 from qyolo_deploy.engines.openvino_kernels import kernel_table
 from qyolo_deploy.errors import InputError, QyoloError
+from qyolo_deploy.stages.bench_engines_inputs import Images, calls_at_a_time, example_image, make_call
+from qyolo_deploy.stages.bench_engines_memory import peak_memory
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline
 from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns
 from qyolo_deploy.validate.run import digest_engine
 
 _PACKAGES = ("onnxruntime", "openvino", "nncf", "ultralytics", "onnx", "torch", "numpy")
-Images = npt.NDArray[np.float32]
-_BLOCK = 32  # pixels of a patch of one colour in the example image
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,9 @@ def run_bench(
         image: What the engines look at; by default coloured patches.
 
     Returns:
-        The settings, the machine and its load before and after, and a row for each subject, see `summarize`; `load_ms`
-        is the median of several loads, `files` the bytes of each kind of file.
+        The settings, the machine and its load before and after, and a row for each subject, see `summarize`; times are
+        those of `images_per_call` images, `load_ms` is the median of several loads, `files` the bytes of each kind of
+        file.
 
     Raises:
         InputError: A required engine cannot be opened or does not take images of this size, or the baseline is not
@@ -65,17 +61,19 @@ def run_bench(
         RuntimeMissingError: The runtime of a required engine is not installed.
     """
     find_baseline(subjects, baseline)  # before anything takes long
-    before, example = os.getloadavg(), example_image(settings.imgsz, image)
+    before, example = os.getloadavg(), example_image(settings.imgsz, image, settings.batch)
     checked = [_open(subject, settings, example) for subject in subjects]
     subjects, opened = [subject for subject, _ in checked], [engine for _, engine in checked]
     reference = find_baseline(subjects, baseline)
-    times = _measure(subjects, opened, settings, example, progress)
+    count = calls_at_a_time([engine.runner for engine in opened if engine is not None])
+    times = _measure(subjects, opened, settings, example, count, progress)
     rows = [
-        _row(subject, engine, times.get(index), times[reference])
+        _row(subject, engine, times.get(index), times[reference], settings, count * settings.batch)
         for index, (subject, engine) in enumerate(zip(subjects, opened, strict=True))
     ]
     return {
         **asdict(settings),
+        "images_per_call": count * settings.batch,
         "image": None if image is None else str(image),
         "baseline": subjects[reference].label,
         "environment": environment_fingerprint(_PACKAGES) | {"qyolo_deploy": __version__},
@@ -90,7 +88,7 @@ def _open(subject: Subject, settings: BenchEnginesSettings, example: Images) -> 
     if subject.path is None:
         return subject, None
     try:
-        opened = _Opened(*load(subject, settings.conf, settings.threads))
+        opened = _Opened(*load(subject, settings))
         fixed, imgsz = opened.runner.imgsz, example.shape[2]
         if fixed not in (None, (imgsz, imgsz)):
             raise InputError(f"{subject.path}: its input is fixed to {fixed[1]} x {fixed[0]} px, but imgsz is {imgsz}")
@@ -102,40 +100,33 @@ def _open(subject: Subject, settings: BenchEnginesSettings, example: Images) -> 
     return subject, opened
 
 
-def example_image(imgsz: int, image: Path | None) -> Images:
-    """Float32 `[1, 3, imgsz, imgsz]` in 0..1: an image, or patches of random colours with noise."""
-    if image is not None:
-        return to_tensor(letterbox(read_image(image), imgsz, rect=False)[0])
-    rng = np.random.default_rng(0)
-    patches = rng.random((1, 3, imgsz // _BLOCK, imgsz // _BLOCK), np.float32)
-    noise = rng.random((1, 3, imgsz, imgsz), np.float32)
-    return np.asarray(0.8 * patches.repeat(_BLOCK, 2).repeat(_BLOCK, 3) + 0.2 * noise, np.float32)
-
-
 def _measure(
     subjects: Sequence[Subject],
     opened: Sequence[_Opened | None],
     settings: BenchEnginesSettings,
     example: Images,
+    count: int,
     tick: Tick | None,
 ) -> dict[int, list[list[float]]]:
     """Times of the engines that there are, by row."""
     present = [index for index, engine in enumerate(opened) if engine is not None]
 
-    def runs(runner: Runner) -> Any:
-        return lambda: runner(example)
-
     def progress(done: int, total: int, which: int) -> None:
         if tick is not None:
             tick(done, total, subjects[present[which]].label)
 
-    calls = [runs(engine.runner) for engine in opened if engine is not None]
+    calls = [make_call(engine.runner, example, count) for engine in opened if engine is not None]
     times = take_turns(calls, settings.rounds, settings.runs, progress)
     return dict(zip(present, times, strict=True))
 
 
 def _row(
-    subject: Subject, opened: _Opened | None, times: list[list[float]] | None, baseline: list[list[float]]
+    subject: Subject,
+    opened: _Opened | None,
+    times: list[list[float]] | None,
+    baseline: list[list[float]],
+    settings: BenchEnginesSettings,
+    images: int,
 ) -> dict[str, Any]:
     names: dict[str, Any] = {
         "name": subject.name,
@@ -148,14 +139,18 @@ def _row(
         return names
     assert subject.path is not None
     files = _sizes(subject.path)
+    found = summarize(times, baseline)
     return {
         **names,
+        **(peak_memory(subject, settings) if settings.memory else {}),
+        "parallel": opened.runner.parallel,
         "fixed_input": opened.runner.imgsz is not None,
         "digest": digest_engine(subject.path),
         "load_ms": statistics.median(opened.load_ms),
         "size_bytes": sum(files.values()),
         "files": files,
-        **summarize(times, baseline),
+        "images_per_s": images / found["p50_ms"] * 1e3,
+        **found,
     }
 
 
@@ -187,18 +182,21 @@ def _sizes(path: Path) -> dict[str, int]:
 
 def bench_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows for people."""
-    head = ["engine", "runtime", "hint", "p50 ms", f"time / {result['baseline']}'s", "min..max", "p95 ms"]
+    head = ["engine", "runtime", "hint", "p50 ms", f"time / {result['baseline']}'s", "min..max", "p95 ms", "p99 ms"]
+    head += ["images/s", "load ms", "MB (.bin + .xml)", *(["peak MB"] if result["memory"] else []), "note"]
     rows = []
     for row in result["rows"]:
-        cells = ["-"] * 6
+        cells = ["-"] * (len(head) - 4)
         if "ratio" in row:
             ratio, sizes = row["ratio"], row["files"]
             megabytes = " + ".join(f"{sizes[kind] / 1e6:.2f}" for kind in ("onnx", "bin", "xml") if kind in sizes)
             spread = f"{ratio['min']:.2f}..{ratio['max']:.2f}"
-            cells = [f"{row['p50_ms']:.1f}", f"{ratio['median']:.2f}", spread, f"{row['p95_ms']:.1f}"]
+            cells = [f"{row['p50_ms']:.1f}", f"{ratio['median']:.2f}", spread]
+            cells += [f"{row['p95_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['images_per_s']:.1f}"]
             cells += [f"{row['load_ms']:.0f}", megabytes]
+            cells += [f"{row['peak_bytes'] / 1e6:.0f}"] if result["memory"] else []
         rows.append([row["name"], row["runtime"], row["precision_hint"] or "-", *cells, row["note"]])
-    return [*head, "load ms", "MB (.bin + .xml)", "note"], rows
+    return head, rows
 
 
 def caption(result: Mapping[str, Any]) -> str:
@@ -207,7 +205,8 @@ def caption(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("onnxruntime", "openvino") if name in machine)
     threads = "the runtimes' choice" if result["threads"] is None else result["threads"]
     load_1min = "{:.1f} to {:.1f}".format(load_average["before"][0], load_average["after"][0])
+    what = "inferences" if result["images_per_call"] == 1 else f"times {result['images_per_call']} images"
     return (
-        f"{result['imgsz']} px, {result['rounds']} rounds of {result['runs']} inferences, threads: {threads}; "
+        f"{result['imgsz']} px, {result['rounds']} rounds of {result['runs']} {what}, threads: {threads}; "
         f"{machine['cpu']}, {result['cores']} cores, load {load_1min}; {versions}"
     )

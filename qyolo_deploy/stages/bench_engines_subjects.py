@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qyolo_deploy.engines.base import Mode
 from qyolo_deploy.errors import InputError
 
 HINTS = ("f32", "bf16", "f16")
@@ -21,6 +22,9 @@ class BenchEnginesSettings:
         runs: Inferences of a turn.
         threads: Of each engine; None leaves it to its runtime.
         conf: Engines that end at raw head maps have their candidates above it decoded.
+        batch: Images of an inference.
+        mode: One inference at a time, or as many at once as the engine takes.
+        memory: Whether a process of its own tells each engine's peak memory.
 
     Raises:
         InputError: A number is out of its range.
@@ -31,11 +35,14 @@ class BenchEnginesSettings:
     runs: int = 10
     threads: int | None = None
     conf: float = 0.25
+    batch: int = 1
+    mode: Mode = "latency"
+    memory: bool = False
 
     def __post_init__(self) -> None:
         if self.imgsz < 32 or self.imgsz % 32:
             raise InputError(f"imgsz is {self.imgsz}, expected a multiple of 32")
-        for name, least in {"rounds": 2, "runs": 1, "threads": 1}.items():
+        for name, least in {"rounds": 2, "runs": 1, "threads": 1, "batch": 1}.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name} is {value}, expected at least {least}")
         if not 0 <= self.conf <= 1:

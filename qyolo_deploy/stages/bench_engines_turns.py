@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qyolo_deploy.engines.base import Runner, open_engine
-from qyolo_deploy.stages.bench_engines_subjects import Subject
+from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject
 
 _LOADS = 3
 
@@ -70,37 +70,37 @@ def summarize(times: Sequence[Sequence[float]], baseline: Sequence[Sequence[floa
         baseline: Those of the engine to compare with, of the same rounds.
 
     Returns:
-        `round_ms` (the median of each round), `p50_ms` and `p95_ms` of all calls, and `ratio`: median and extremes of
-        the round's median divided by the baseline's of that round, so that below 1 is faster.
+        `round_ms` (the median of each round), `p50_ms`, `p95_ms` and `p99_ms` of all calls, and `ratio`: median and
+        extremes of the round's median divided by the baseline's of that round, so that below 1 is faster.
     """
     own, other = ([statistics.median(turn) for turn in rounds] for rounds in (times, baseline))
     ratios = [mine / theirs for mine, theirs in zip(own, other, strict=True)]
-    p50, p95 = np.percentile(list(chain.from_iterable(times)), (50, 95))
+    p50, p95, p99 = np.percentile(list(chain.from_iterable(times)), (50, 95, 99))
     return {
         "round_ms": own,
         "p50_ms": float(p50),
         "p95_ms": float(p95),
+        "p99_ms": float(p99),
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
     }
 
 
-def load(subject: Subject, conf: float, threads: int | None) -> tuple[Runner, list[float]]:
+def load(subject: Subject, settings: BenchEnginesSettings) -> tuple[Runner, list[float]]:
     """Opens an engine several times; the first, which reads it from the disk and may start its runtime, is not timed.
 
     Args:
         subject: A row with an engine.
-        conf: See `open_engine`.
-        threads: See `open_engine`.
+        settings: Threads and mode.
 
     Raises:
         QyoloError: It cannot be opened.
     """
     assert subject.path is not None
-    hint = subject.hint or "f32"
-    runner = open_engine(subject.path, hint, conf, threads)
+    arguments = (subject.path, subject.hint or "f32", settings.conf, settings.threads, settings.mode)
+    runner = open_engine(*arguments)
     elapsed = []
     for _ in range(_LOADS):
         start = time.perf_counter_ns()
-        runner = open_engine(subject.path, hint, conf, threads)
+        runner = open_engine(*arguments)
         elapsed.append((time.perf_counter_ns() - start) / 1e6)
     return runner, elapsed

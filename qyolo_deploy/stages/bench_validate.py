@@ -3,7 +3,6 @@
 All take turns over the same images, so that within a round the machine is nearly the same for all.
 """
 
-import importlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -92,7 +91,7 @@ def run_bench(engine: Path, data: str, settings: BenchValidateSettings, tick: Ti
         if settings.ultralytics:
             try:
                 calls[_ULTRALYTICS] = _ultralytics(engine, dataset, how, Path(folder))
-            except (ImportError, RuntimeError) as error:
+            except ImportError as error:
                 notes[_ULTRALYTICS] = f"cannot run here: {' '.join(str(error).split())}"
         names = list(calls)
 
@@ -139,10 +138,10 @@ def _seconds(times: list[list[float]], baseline: list[list[float]]) -> dict[str,
 
 def _ultralytics(engine: Path, dataset: DetectionDataset, how: EvalSettings, folder: Path) -> Callable[[], object]:
     """`YOLO(engine).val()` over the same images, from links to them, because it writes caches beside the labels."""
-    from qyolo_deploy.models.ultralytics_env import import_ultralytics
+    from qyolo_deploy.models.ultralytics_env import ensure_torchvision, import_ultralytics
 
     module = import_ultralytics()
-    importlib.import_module("torchvision")  # which its validation needs, and some torch wheels cannot load
+    ensure_torchvision()
     for kind in ("images", "labels"):
         (folder / kind).mkdir()
     for record in dataset.images:

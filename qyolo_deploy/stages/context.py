@@ -33,6 +33,7 @@ class StageContext:
         artifacts: What the stages before it left, by stage.
         reporter: Where progress goes.
         device: Name of what training computes on, as `training_device` takes it.
+        previous_release: Folder or report of the last release, if the recipe names one.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class StageContext:
     artifacts: Mapping[str, Artifact]
     reporter: Reporter
     device: str = "cpu"
+    previous_release: Path | None = None
 
     @property
     def dataset(self) -> Path:

@@ -29,9 +29,11 @@ from qyolo_deploy.stages.report_parts import (
 )
 from qyolo_deploy.stages.tensorrt import BUILT, tensorrt_notes
 from qyolo_deploy.stages.views import TorchRunner, sqnr_db
+from qyolo_deploy.validate.bootstrap import bootstrap, with_interval
 from qyolo_deploy.validate.curves import precision_recall
 from qyolo_deploy.validate.evaluate import EvalSettings
 from qyolo_deploy.validate.gates import GateResult, check_gates
+from qyolo_deploy.validate.last_release import read_release
 from qyolo_deploy.validate.latency import measure_paired
 from qyolo_deploy.validate.report import EvalReport
 from qyolo_deploy.validate.run import digest_engine, evaluate_view, settings_for
@@ -91,7 +93,10 @@ def run(context: StageContext) -> StageOutput:
     parity = engines_parity(context, dataset)
     for view, told in parity.items():
         reports[view] = replace(reports[view], parity=told.summary())
-    results = check_gates(recipe.gates, reports)
+    resampled = {view: bootstrap(dataset, results) for view, results in found.items()}
+    reports = {view: with_interval(report, reports["float"], resampled) for view, report in reports.items()}
+    last = None if context.previous_release is None else read_release(context.previous_release)
+    results = check_gates(recipe.gates, reports, resampled, last)
     report = _compose(context, reports, results)
     report["parity"] = shorten_numbers({view: told.to_json() for view, told in parity.items()})
     report["precision_recall"] = precision_recall(dataset, found)

@@ -5,13 +5,17 @@ figure would move on other images (Efron 1979); views that are looked at on the 
 their difference is known much better than either figure.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from qyolo_deploy.validate.matches import AREAS, ClassMatches
+from qyolo_deploy.data.records import DetectionDataset
+from qyolo_deploy.recipe import PER_CLASS
+from qyolo_deploy.validate.matches import AREAS, ClassMatches, match_classes
+from qyolo_deploy.validate.report import EvalReport, MapInterval
+from qyolo_deploy.validate.results import ResultTable
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -31,32 +35,6 @@ METRICS = {
     "map_large": ("large", slice(None)),
 }
 """Size of objects and IoU thresholds of each metric."""
-_PER_CLASS = "per_class."
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference and where it lies.
-
-    Attributes:
-        relative_to: The other view.
-        difference: This view's mAP50-95 minus the other's.
-        low: Lower end of the interval.
-        high: Upper end.
-        confidence: Share of the resamples between the two ends.
-        resamples: Their number.
-    """
-
-    relative_to: str
-    difference: float
-    low: float
-    high: float
-    confidence: float
-    resamples: int
-
-    def to_json(self) -> dict[str, float | str]:
-        """Return the form in which reports hold it."""
-        return asdict(self)
 
 
 class Bootstrap:
@@ -80,8 +58,8 @@ class Bootstrap:
 
     def samples(self, metric: str) -> Float64 | None:
         """The metric on each draw, float64 `[resamples]`; NaN where it is undefined, None if it cannot be resampled."""
-        if metric.startswith(_PER_CLASS):
-            names = [metric.removeprefix(_PER_CLASS)]
+        if metric.startswith(PER_CLASS):
+            names = [metric.removeprefix(PER_CLASS)]
         elif metric in METRICS:
             names = list(self._classes)
         else:
@@ -97,20 +75,36 @@ class Bootstrap:
         return self._known[metric]
 
 
-def interval(view: Bootstrap, other: Bootstrap, difference: float, name: str) -> Interval:
-    """The interval of the difference in mAP50-95 between two views of the same images.
+def bootstrap(dataset: DetectionDataset, results: ResultTable) -> Bootstrap:
+    """A view's metrics on resampled images of a dataset, from its detections there."""
+    image_ids = [record.image_id for record in dataset.images]
+    matches = match_classes(dataset.ground_truth, dataset.category_ids, results, image_ids)
+    return Bootstrap(dict(zip(dataset.class_names, matches, strict=True)), len(dataset))
+
+
+def with_interval(report: EvalReport, base: EvalReport, resampled: Mapping[str, Bootstrap]) -> EvalReport:
+    """The report of a view with the interval of its difference to another one in mAP50-95.
 
     Args:
-        view: Of the view.
-        other: Of the view to compare with.
-        difference: On the images as they are.
-        name: Of the other view.
+        report: Of the view.
+        base: Of the view to compare with; its own report stays as it is.
+        resampled: Both views on the same draws.
     """
-    ours, theirs = view.samples("map50_95"), other.samples("map50_95")
+    if report.name == base.name:
+        return report
+    ours, theirs = (resampled[view].samples("map50_95") for view in (report.name, base.name))
     assert ours is not None and theirs is not None
     tail = (1 - CONFIDENCE) / 2
     low, high = np.nanquantile(ours - theirs, (tail, 1 - tail))
-    return Interval(name, difference, float(low), float(high), CONFIDENCE, len(ours))
+    found = MapInterval(
+        relative_to=base.name,
+        difference=report.metrics.map50_95 - base.metrics.map50_95,
+        low=float(low),
+        high=float(high),
+        confidence=CONFIDENCE,
+        resamples=len(ours),
+    )
+    return replace(report, interval=found)
 
 
 def mean_precision(

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qyolo_deploy.recipe import Gate
+import numpy as np
+
+from qyolo_deploy.recipe import LAST_RELEASE, Gate
+from qyolo_deploy.validate.bootstrap import Bootstrap, Float64
 from qyolo_deploy.validate.report import EvalReport
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -20,9 +23,11 @@ class GateResult:
         gate: The gate.
         observed: The view's number; None where there is none.
         reference: The other view's number, for a relative gate.
-        value: What was compared with the bound; None where it could not be computed.
+        value: The number itself, or its relation to the other; None where it could not be computed.
         passed: Whether the gate held.
         reason: One line that states the comparison, or what was missing.
+        at_confidence: The end of the value's interval that was compared with the bound, for a gate with confidence.
+        missed_by: How far what was compared lies from the bound, for a gate that failed.
     """
 
     gate: Gate
@@ -31,9 +36,16 @@ class GateResult:
     value: float | None
     passed: bool
     reason: str
+    at_confidence: float | None = None
+    missed_by: float | None = None
 
 
-def check_gates(gates: Sequence[Gate], reports: Mapping[str, EvalReport]) -> list[GateResult]:
+def check_gates(
+    gates: Sequence[Gate],
+    reports: Mapping[str, EvalReport],
+    resampled: Mapping[str, Bootstrap] | None = None,
+    last_release: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[GateResult]:
     """Check gates against reports.
 
     A number that is missing (no such view, no such metric, nothing measured) fails its gate: what was not
@@ -42,21 +54,32 @@ def check_gates(gates: Sequence[Gate], reports: Mapping[str, EvalReport]) -> lis
     Args:
         gates: The conditions.
         reports: By view.
+        resampled: The views on the same resampled images, for gates with confidence.
+        last_release: Reports of the last release by view, as JSON.
 
     Returns:
         One result a gate, in their order.
     """
     contents = {view: report.to_json() for view, report in reports.items()}
-    return [_check(gate, contents) for gate in gates]
+    return [_check(gate, contents, resampled or {}, last_release or {}) for gate in gates]
 
 
-def _check(gate: Gate, reports: Mapping[str, Mapping[str, Any]]) -> GateResult:
+def _check(
+    gate: Gate,
+    reports: Mapping[str, Mapping[str, Any]],
+    resampled: Mapping[str, Bootstrap],
+    last_release: Mapping[str, Mapping[str, Any]],
+) -> GateResult:
     observed = _lookup(reports, gate.view, gate.metric)
     if isinstance(observed, str):
         return GateResult(gate, None, None, None, False, observed)
     if gate.relative_to is None:
-        return _compare(gate, observed, None, observed, f"{gate.view} {gate.metric} {observed:.6g}")
-    reference = _lookup(reports, gate.relative_to, gate.metric)
+        terms = f"{gate.view} {gate.metric} {observed:.6g}"
+        return _compare(gate, observed, None, observed, terms, _samples(gate, None, resampled))
+    if gate.relative_to == LAST_RELEASE:
+        reference = _lookup(last_release, gate.view, gate.metric, "the last release")
+    else:
+        reference = _lookup(reports, gate.relative_to, gate.metric)
     if isinstance(reference, str):
         return GateResult(gate, observed, None, None, False, reference)
     if gate.mode == "ratio" and reference == 0:
@@ -64,17 +87,52 @@ def _check(gate: Gate, reports: Mapping[str, Mapping[str, Any]]) -> GateResult:
         return GateResult(gate, observed, reference, None, False, reason)
     value, sign = (observed / reference, "/") if gate.mode == "ratio" else (observed - reference, "-")
     terms = f"{gate.view} {gate.metric} {observed:.6g} {sign} {gate.relative_to} {reference:.6g} = {value:.6g}"
-    return _compare(gate, observed, reference, value, terms)
+    return _compare(gate, observed, reference, value, terms, _samples(gate, reference, resampled))
 
 
-def _compare(gate: Gate, observed: float, reference: float | None, value: float, terms: str) -> GateResult:
-    passed = bool(_OPERATORS[gate.op](value, gate.bound))
+def _samples(gate: Gate, reference: float | None, resampled: Mapping[str, Bootstrap]) -> Float64 | None:
+    """The gate's value on each draw of images; None where no confidence is asked for or the views lack draws."""
+    if gate.confidence is None or gate.view not in resampled:
+        return None
+    ours = resampled[gate.view].samples(gate.metric)
+    if ours is None or reference is None:
+        return ours
+    theirs: Float64 | None = np.full(len(ours), reference)
+    if gate.relative_to in resampled:
+        theirs = resampled[gate.relative_to].samples(gate.metric)
+    if theirs is None:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return ours / theirs if gate.mode == "ratio" else ours - theirs
+
+
+def _compare(
+    gate: Gate, observed: float, reference: float | None, value: float, terms: str, samples: Float64 | None
+) -> GateResult:
+    compared, end = value, None
+    if gate.confidence is not None:
+        known = np.empty(0) if samples is None else samples[np.isfinite(samples)]
+        if not len(known):
+            reason = f"{gate.metric} of {gate.view} cannot be resampled, so there is no confidence in it"
+            return GateResult(gate, observed, reference, value, False, reason)
+        is_floor = gate.op in (">=", ">")
+        compared = end = float(np.quantile(known, 1 - gate.confidence if is_floor else gate.confidence))
+        terms += f" ({end:.6g} at {gate.confidence:.4g} confidence)"
+    passed = bool(_OPERATORS[gate.op](compared, gate.bound))
+    missed_by = None if passed else abs(compared - gate.bound)
     reason = f"{terms} is {'' if passed else 'not '}{gate.op} {gate.bound:.6g}"
-    return GateResult(gate, observed, reference, value, passed, reason)
+    if missed_by is not None:
+        reason += f", by {missed_by:.4g}"
+    return GateResult(gate, observed, reference, value, passed, reason, end, missed_by)
 
 
-def _lookup(reports: Mapping[str, Mapping[str, Any]], view: str, metric: str) -> float | str:
+def _lookup(reports: Mapping[str, Mapping[str, Any]], view: str, metric: str, whose: str = "") -> float | str:
     """Return the number at a dotted path of a view's report, or why there is none."""
+    found = _find(reports, view, metric)
+    return f"{whose}: {found}".removeprefix(": ") if isinstance(found, str) else found
+
+
+def _find(reports: Mapping[str, Mapping[str, Any]], view: str, metric: str) -> float | str:
     if view not in reports:
         return f"there is no view {view}, only {', '.join(reports) or 'none at all'}"
     node: Any = reports[view]

@@ -51,50 +51,51 @@ def match_classes(
         The matches of each class, in the order of the categories.
     """
     place = {image: index for index, image in enumerate(sorted(image_ids))}
-    objects: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    results = results.take(np.isin(results.image_ids, list(place)))
+    results = results.take(np.lexsort((-results.scores, results.image_ids)))
+    objects: dict[int, dict[int, list[Mapping[str, Any]]]] = {category: {} for category in category_ids}
     for entry in ground_truth["annotations"]:
-        objects.setdefault((entry["category_id"], entry["image_id"]), []).append(entry)
-    order = np.lexsort((-results.scores, results.image_ids, results.category_ids))
-    results = results.take(order)
-    keys = np.stack((results.category_ids, results.image_ids))
-    starts = (
-        np.flatnonzero(np.r_[True, (keys[:, 1:] != keys[:, :-1]).any(axis=0)]) if len(results) else np.empty(0, int)
-    )
-    ends = np.r_[starts[1:], len(results)]
-    found = {
-        (int(keys[0, start]), int(keys[1, start])): results.take(np.arange(start, min(end, start + _MAX_DETECTIONS)))
-        for start, end in zip(starts, ends, strict=True)
-    }
-    return [_match_class(category, place, objects, found) for category in category_ids]
+        if entry["category_id"] in objects and entry["image_id"] in place:
+            objects[entry["category_id"]].setdefault(entry["image_id"], []).append(entry)
+    return [
+        _match_class(results.take(results.category_ids == category), objects[category], place)
+        for category in category_ids
+    ]
 
 
 def _match_class(
-    category: int,
-    place: Mapping[int, int],
-    objects: Mapping[tuple[int, int], list[Mapping[str, Any]]],
-    found: Mapping[tuple[int, int], ResultTable],
+    rows: ResultTable, objects: Mapping[int, list[Mapping[str, Any]]], place: Mapping[int, int]
 ) -> ClassMatches:
-    shape = (len(AREAS), len(IOU_THRESHOLDS))
-    images, scores = [np.empty(0, np.int64)], [np.empty(0)]
-    matched, ignored = [np.empty((*shape, 0), bool)], [np.empty((*shape, 0), bool)]
+    """Match the detections of a class, sorted by image and then by score."""
+    rank = np.arange(len(rows))
+    for span in _spans(rows).values():
+        rank[span] -= span.start
+    rows = rows.take(rank < _MAX_DETECTIONS)
+    spans = _spans(rows)
+    matched = np.zeros((len(AREAS), len(IOU_THRESHOLDS), len(rows)), bool)
+    ignored = matched.copy()
     counts = np.zeros((len(AREAS), len(place)), np.int64)
-    for image, index in place.items():
-        truth, rows = objects.get((category, image), []), found.get((category, image))
+    for image, truth in objects.items():
         ignore = _ignored_objects(truth)
-        counts[:, index] = (~ignore).sum(axis=1)
-        if rows is not None:
-            hit, skip = _match_image(rows, truth, ignore)
-            images.append(np.full(len(rows), index))
-            scores.append(rows.scores)
-            matched.append(hit)
-            ignored.append(skip)
-    order = np.argsort(-np.concatenate(scores), kind="stable")
-    return ClassMatches(
-        np.concatenate(images)[order],
-        np.concatenate(matched, axis=2)[..., order],
-        np.concatenate(ignored, axis=2)[..., order],
-        counts,
-    )
+        counts[:, place[image]] = (~ignore).sum(axis=1)
+        if image in spans:
+            span = spans[image]
+            _match_boxes(rows.boxes[span], truth, ignore, matched[..., span], ignored[..., span])
+    areas = rows.boxes[:, 2] * rows.boxes[:, 3]
+    outside = (areas < _LIMITS[:, :1]) | (areas > _LIMITS[:, 1:])
+    ignored |= ~matched & outside[:, None]
+    order = np.argsort(-rows.scores, kind="stable")
+    indices = np.array([place[image] for image in rows.image_ids.tolist()], np.int64)
+    return ClassMatches(indices[order], matched[..., order], ignored[..., order], counts)
+
+
+def _spans(rows: ResultTable) -> dict[int, slice]:
+    """Where the rows of each image are."""
+    images, starts, sizes = np.unique(rows.image_ids, return_index=True, return_counts=True)
+    return {
+        image: slice(start, start + size)
+        for image, start, size in zip(images.tolist(), starts.tolist(), sizes.tolist(), strict=True)
+    }
 
 
 def _ignored_objects(truth: Sequence[Mapping[str, Any]]) -> Bool:
@@ -103,17 +104,6 @@ def _ignored_objects(truth: Sequence[Mapping[str, Any]]) -> Bool:
     crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in truth], bool)
     outside: Bool = (areas < _LIMITS[:, :1]) | (areas > _LIMITS[:, 1:])
     return outside | crowd
-
-
-def _match_image(rows: ResultTable, truth: Sequence[Mapping[str, Any]], ignore: Bool) -> tuple[Bool, Bool]:
-    """Return which detections of an image, best first, are matched, and which are ignored: `[areas, thresholds, n]`."""
-    matched = np.zeros((len(AREAS), len(IOU_THRESHOLDS), len(rows)), bool)
-    ignored = matched.copy()
-    if truth:
-        _match_boxes(rows.boxes, truth, ignore, matched, ignored)
-    areas = rows.boxes[:, 2] * rows.boxes[:, 3]
-    outside = (areas < _LIMITS[:, :1]) | (areas > _LIMITS[:, 1:])
-    return matched, ignored | (~matched & outside[:, None])
 
 
 def _match_boxes(

@@ -10,6 +10,29 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.validate.coco_map import CocoMetrics
 
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class MapInterval:
+    """A difference in mAP50-95 and what the choice of images leaves open of it, by paired bootstrap over images.
+
+    Attributes:
+        relative_to: The other view.
+        difference: This view's mAP50-95 minus the other's.
+        low: Lower end of the interval.
+        high: Upper end.
+        confidence: Share of the resamples between the two ends.
+        resamples: Their number.
+    """
+
+    relative_to: str
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    resamples: int
+
+
 _METRICS = tuple(f.name for f in fields(CocoMetrics))
 
 
@@ -27,9 +50,10 @@ class EvalReport:
         letterbox: Padded to multiples of the stride (`rect`) or to a `square`.
         precision_hint: The runtime's, where it has one.
         size_bytes: Of the engine's files.
-        latency_ms: `p50` and `p95`.
+        latency_ms: `p50`, `p95` and `p99`.
         digests: sha256 by what it is of (engine, data).
         parity: `min_sqnr_db` and `differing` of the layers against the fake-quantized model, and of how many `images`.
+        interval: Of the difference to the float model.
     """
 
     name: str
@@ -43,6 +67,7 @@ class EvalReport:
     latency_ms: dict[str, float] | None
     digests: dict[str, str]
     parity: dict[str, float] | None = None
+    interval: MapInterval | None = None
 
     def __post_init__(self) -> None:
         for key, value in {**self.thresholds, **(self.latency_ms or {})}.items():
@@ -54,6 +79,7 @@ class EvalReport:
         metrics = asdict(self.metrics)
         per_class = metrics.pop("per_class")
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "metrics")}
+        rest["interval"] = None if self.interval is None else asdict(self.interval)
         return {"name": self.name, **metrics, **rest, "per_class": per_class}
 
     @classmethod

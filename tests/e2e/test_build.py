@@ -213,7 +213,8 @@ def test_a_gate_that_fails_gives_exit_code_1_and_takes_the_release_away(tiny_cop
     assert outcome.code == 1
     table = rows(outcome.stdout)
     assert (table["openvino"][-1], table["float"][-1], table["onnxruntime"][-1]) == ("0/1 passed", "1/1 passed", "-")
-    assert re.search(r"gate failed: openvino map50_95 [\d.]+ is not >= 0.9", outcome.stdout)
+    assert re.search(r"gate failed: openvino map50_95 [\d.]+ is not >= 0.9, by 0.\d+", outcome.stdout)
+    assert "failed gate" in outcome.stdout and ">= 0.9" in outcome.stdout
     assert "error: 1 of 2 gates failed; there is no release" in outcome.stderr
     assert not (tiny_copy.folder / "release").exists()
     again = qyolo(*command, "--json")

@@ -78,7 +78,7 @@ def test_ratios_are_of_the_same_round_so_that_its_mood_cancels(rounds):
     assert row["ratio"] == {"median": median(expected), "min": min(expected), "max": max(expected)}
     assert row["round_ms"] == [median(mine) for mine in own]
     every = sorted(ms for mine in own for ms in mine)
-    assert every[0] <= row["p50_ms"] <= row["p95_ms"] <= every[-1]
+    assert every[0] <= row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= every[-1]
     assert row["p50_ms"] == pytest.approx(median(every))
     moods = [mood for _, _, mood in rounds]
     slower = ([[ms * mood for ms in turn] for turn, mood in zip(times, moods, strict=True)] for times in (own, other))
@@ -153,7 +153,11 @@ def test_the_command_refuses_bad_arguments(qyolo, folder, arguments, sentence):
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
-    [({"runs": 0}, "runs is 0, expected at least 1"), ({"threads": 0}, "threads is 0, expected at least 1")],
+    [
+        ({"runs": 0}, "runs is 0, expected at least 1"),
+        ({"threads": 0}, "threads is 0, expected at least 1"),
+        ({"batch": 0}, "batch is 0"),
+    ],
 )
 def test_numbers_out_of_range_are_refused(change, sentence):
     with pytest.raises(InputError, match=sentence):
@@ -182,7 +186,8 @@ def test_json_has_all_that_was_measured(measured, folder):
         assert row["ratio"] == {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
         assert row["files"] == {"onnx": (folder / row["name"]).stat().st_size}
         assert row["size_bytes"] == row["files"]["onnx"]
-        assert row["load_ms"] > 0
+        assert row["load_ms"] > 0 and row["parallel"] == 1 and "peak_bytes" not in row
+        assert row["images_per_s"] == pytest.approx(1000 / row["p50_ms"])
     assert [row["fixed_input"] for row in result["rows"]] == [False, True]
 
 
@@ -201,7 +206,7 @@ def test_openvino_rows_have_the_sizes_of_both_files(folder):
     for row in result["rows"]:
         assert row["files"] == sizes and row["precision_hint"] == "f32"
     megabytes = " + ".join(f"{sizes[kind] / 1e6:.2f}" for kind in ("bin", "xml"))
-    assert bench_table(result)[1][0][8] == megabytes
+    assert bench_table(result)[1][0][10] == megabytes
     assert "threads: the runtimes' choice" in caption(result)
 
 
@@ -216,7 +221,28 @@ def test_a_peer_that_cannot_be_opened_keeps_its_row(folder, tmp_path):
     assert result["baseline"] == "open"
     assert "cannot load it" in result["rows"][0]["note"] and "ratio" not in result["rows"][0]
     head, rows = bench_table(result)
-    assert rows[0][3:9] == ["-"] * 6 and len(rows[0]) == len(head)
+    assert rows[0][3:11] == ["-"] * 8 and len(rows[0]) == len(head)
+
+
+def test_throughput_of_batches_and_peak_memory(folder):
+    engines = [str(folder / "open.onnx"), str(folder / "net_openvino_model")]
+    settings = BenchEnginesSettings(64, 2, 1, threads=2, batch=3, mode="throughput", memory=True)
+    result = run_bench(parse_engines(engines, ["f32"]), settings)
+    assert (result["mode"], result["batch"]) == ("throughput", 3)
+    widest = max(row["parallel"] for row in result["rows"])
+    assert result["rows"][0]["parallel"] == 2
+    assert result["images_per_call"] % (3 * widest) == 0 and result["images_per_call"] > 3
+    for row in result["rows"]:
+        assert row["images_per_s"] == pytest.approx(result["images_per_call"] / row["p50_ms"] * 1000)
+        assert 0 < row["engine_bytes"] < row["peak_bytes"] < 2e9
+    head, rows = bench_table(result)
+    assert head[-2] == "peak MB" and {len(row) for row in rows} == {len(head)}
+    assert f"times {result['images_per_call']} images" in caption(result)
+
+
+def test_an_engine_of_one_image_refuses_a_batch(folder):
+    with pytest.raises(InputError, match=r"cannot run on images of shape \(2, 3, 64, 64\)"):
+        run_bench([Subject("fixed", folder / "fixed.onnx", "onnxruntime")], BenchEnginesSettings(64, 2, 1, batch=2))
 
 
 def test_the_profile_tells_what_openvino_runs(tiny_build):

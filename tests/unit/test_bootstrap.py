@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qyolo_deploy.validate.bootstrap import METRICS, Bootstrap, interval, mean_precision
-from qyolo_deploy.validate.coco_map import coco_map
+from qyolo_deploy.validate.bootstrap import METRICS, Bootstrap, mean_precision, with_interval
+from qyolo_deploy.validate.coco_map import CocoMetrics, coco_map
 from qyolo_deploy.validate.matches import match_classes
+from qyolo_deploy.validate.report import EvalReport
 from qyolo_deploy.validate.results import ResultTable
 
 
@@ -95,6 +96,11 @@ def test_resampled_images_give_what_cocoeval_gives_on_the_dataset_written_out():
             assert np.isnan(value) if other is None else value == pytest.approx(other, abs=1e-9), name
 
 
+def report_of(name, map50_95):
+    metrics = CocoMetrics(map50_95, 0.5, 0.5, None, None, None, {})
+    return EvalReport(name, metrics, 24, {}, 64, "rect", None, None, None, {})
+
+
 def test_views_share_their_draws_and_a_view_does_not_differ_from_itself():
     truth, results = scene(np.random.default_rng(5))
     images = [image["id"] for image in truth["images"]]
@@ -103,11 +109,16 @@ def test_views_share_their_draws_and_a_view_does_not_differ_from_itself():
     for found in (results, worse):
         matches = match_classes(truth, CATEGORIES, ResultTable.from_coco(found), images)
         views.append(Bootstrap(dict(zip(map(str, CATEGORIES), matches, strict=True)), len(images), 200))
-    same = interval(views[0], views[0], 0.0, "float")
-    assert (same.low, same.high, same.resamples) == (0, 0, 200)
-    paired = interval(views[1], views[0], -0.01, "float")
-    assert paired.low < paired.high
+    base, same, other = (report_of(name, value) for name, value in (("float", 0.5), ("same", 0.5), ("other", 0.25)))
+    resampled = {"float": views[0], "same": views[0], "other": views[1]}
+    assert with_interval(base, base, resampled).interval is None
+    unmoved = with_interval(same, base, resampled).interval
+    assert (unmoved.difference, unmoved.low, unmoved.high, unmoved.resamples) == (0, 0, 0, 200)
+    paired = with_interval(other, base, resampled).interval
     first, second = (view.samples("map50_95") for view in views)
+    assert (paired.relative_to, paired.difference) == ("float", -0.25)
+    assert np.mean(second - first < paired.low) == pytest.approx(0.025, abs=0.005)
+    assert np.mean(second - first > paired.high) == pytest.approx(0.025, abs=0.005)
     # Sharing the draws is what makes the difference known better than either figure.
     assert np.std(second - first) < 0.8 * min(np.std(first), np.std(second))
     np.testing.assert_array_equal(first, views[0].samples("map50_95"))

@@ -4,7 +4,7 @@ import pytest
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.validate.coco_map import CocoMetrics
-from qyolo_deploy.validate.report import EvalReport
+from qyolo_deploy.validate.report import EvalReport, MapInterval
 
 METRICS = CocoMetrics(0.25, 0.5, 0.375, 0.0, None, 0.75, {"cat": 0.5, "dog": 0.0})
 
@@ -38,6 +38,12 @@ def test_report_survives_json(change):
     assert EvalReport.from_json(json.loads(json.dumps(original.to_json()))) == original
 
 
+def test_interval_survives_json():
+    original = report(interval=MapInterval("float", -0.01, -0.02, 0.001, 0.95, 1000))
+    assert EvalReport.from_json(json.loads(json.dumps(original.to_json()))) == original
+    assert original.to_json()["interval"]["low"] == -0.02
+
+
 def test_json_is_flat():
     content = report().to_json()
     assert list(content) == [
@@ -52,6 +58,7 @@ def test_json_is_flat():
             "latency_ms",
             "digests",
             "parity",
+            "interval",
         ),
         "per_class",
     ]

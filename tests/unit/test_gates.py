@@ -1,8 +1,15 @@
+import json
+
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from qyolo_deploy.errors import InputError
+from qyolo_deploy.validate.bootstrap import Bootstrap
 from qyolo_deploy.validate.coco_map import CocoMetrics
 from qyolo_deploy.validate.gates import Gate, check_gates
+from qyolo_deploy.validate.last_release import read_release
+from qyolo_deploy.validate.matches import ClassMatches
 from qyolo_deploy.validate.report import EvalReport
 
 
@@ -122,3 +129,98 @@ def test_results_follow_the_order_of_the_gates():
 def test_gate_refuses(change):
     with pytest.raises(ValidationError):
         Gate(**{"view": "int8", "metric": "map50", "op": ">=", "bound": 0.1, **change})
+
+
+# --- confidence, and the last release -----------------------------------------------------------------------
+
+
+def found_objects(count, images=60):
+    """Resampled figures of a view that finds the one object of each of the first `count` images, and nothing else."""
+    matched = np.zeros((4, 10, images), bool)
+    matched[..., :count] = True
+    matches = ClassMatches(np.arange(images), matched, np.zeros_like(matched), np.ones((4, images), np.int64))
+    return Bootstrap({"cat": matches}, images, resamples=400)
+
+
+RESAMPLED = {"float": found_objects(50), "int8": found_objects(45)}
+
+
+def confident(metric="map50_95", last_release=None, **gate):
+    (outcome,) = check_gates([Gate(view="int8", metric=metric, **gate)], REPORTS, RESAMPLED, last_release)
+    return outcome
+
+
+def test_confidence_asks_the_bound_of_the_interval_and_not_of_the_number():
+    ours, theirs = (RESAMPLED[view].samples("map50_95") for view in ("int8", "float"))
+    low, high = np.quantile(ours - theirs, (0.05, 0.95))
+    assert low < -0.1 < high  # of 60 images, 5 fewer
+    for op, end, bound, passed in (
+        (">=", low, low - 0.01, True),
+        (">=", low, low + 0.01, False),
+        ("<=", high, high, True),
+    ):
+        outcome = confident(op=op, bound=bound, relative_to="float", confidence=0.95)
+        assert outcome.passed is passed
+        assert outcome.at_confidence == pytest.approx(end)
+        assert outcome.value == -0.125  # the reports' own difference
+    failed = confident(op=">=", bound=low + 0.01, relative_to="float", confidence=0.95)
+    assert failed.missed_by == pytest.approx(0.01)
+    assert "at 0.95 confidence) is not >=" in failed.reason and failed.reason.endswith(", by 0.01")
+
+
+def test_confidence_in_a_ratio_and_in_the_number_itself():
+    ours, theirs = (RESAMPLED[view].samples("map50") for view in ("int8", "float"))
+    ratio = confident("map50", op=">=", bound=0.5, relative_to="float", mode="ratio", confidence=0.9)
+    assert ratio.at_confidence == pytest.approx(np.quantile(ours / theirs, 0.1))
+    alone = confident("per_class.cat", op="<=", bound=1, confidence=0.9)
+    assert not alone.passed and "has no metric per_class.cat" in alone.reason
+    assert confident("map50", op="<=", bound=1, confidence=0.9).at_confidence == pytest.approx(np.quantile(ours, 0.9))
+
+
+def test_what_was_not_resampled_has_no_confidence():
+    (outcome,) = check_gates([Gate(view="int8", metric="map50", op=">=", bound=0, confidence=0.9)], REPORTS)
+    assert not outcome.passed and "no confidence" in outcome.reason
+    nowhere = confident("per_class.traffic.light", op=">=", bound=0, confidence=0.9)
+    assert not nowhere.passed and "no confidence" in nowhere.reason
+
+
+@pytest.mark.parametrize(
+    "change", [{"metric": "latency_ms.p50", "confidence": 0.95}, {"confidence": 0.4}, {"confidence": 1.0}]
+)
+def test_confidence_is_refused_where_it_means_nothing(change):
+    with pytest.raises(ValidationError):
+        Gate(**{"view": "int8", "metric": "map50", "op": ">=", "bound": 0.1, **change})
+
+
+def test_the_last_release_is_a_reference():
+    last = {"int8": {"map50_95": 0.5, "latency_ms": {"p50": float("nan")}}}
+    outcome = confident(last_release=last, op=">=", bound=-0.1, relative_to="release")
+    assert (outcome.reference, outcome.value, outcome.passed) == (0.5, -0.125, False)
+    assert outcome.missed_by == pytest.approx(0.025)
+    assert confident(last_release=last, op=">=", bound=-0.2, relative_to="release").passed
+    certain = confident(last_release=last, op=">=", bound=-1, relative_to="release", confidence=0.9)
+    assert certain.at_confidence == pytest.approx(np.quantile(RESAMPLED["int8"].samples("map50_95"), 0.1) - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [("latency_ms.p50", "last release: latency_ms.p50 of int8 is nan"), ("size_bytes", "last release: int8 has no")],
+)
+def test_what_the_last_release_does_not_tell_fails(metric, reason):
+    last = {"int8": {"latency_ms": {"p50": float("nan")}}}
+    outcome = confident(metric, last_release=last, op="<=", bound=1e9, relative_to="release")
+    assert not outcome.passed and reason in outcome.reason
+
+
+def test_a_release_is_read_from_its_folder_or_its_report(tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({"views": [report("int8", 0.25).to_json()]}))
+    for path in (tmp_path, file):
+        assert read_release(path)["int8"]["map50_95"] == 0.25
+    for text in ("{", "{}", '{"views": [3]}', '{"views": null}'):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"report\.json: not the report of a build"):
+            read_release(tmp_path)
+    file.unlink()
+    with pytest.raises(InputError, match=r"expected a release folder with report\.json"):
+        read_release(tmp_path)

@@ -41,7 +41,8 @@ def test_percentiles_leave_the_warmup_out(clock):
     result = measure_latency(clock.runner("a", 900, 800, *range(20, -1, -1)), IMAGES, warmup=2, runs=21)
     assert len(clock.calls) == 23
     assert (result.p50_ms, result.p95_ms, result.runs) == (10, 19, 21)
-    assert result.to_json() == {"p50": 10, "p95": 19}
+    assert result.p99_ms == pytest.approx(19.8)
+    assert result.to_json() == pytest.approx({"p50": 10, "p95": 19, "p99": 19.8})
 
 
 def test_paired_rounds_go_forth_and_back(clock):

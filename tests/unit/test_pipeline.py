@@ -114,6 +114,31 @@ def test_a_second_build_runs_nothing_and_does_not_import_torch(tiny_copy, qyolo)
     assert content_of(tiny_copy.folder) == before
 
 
+def test_gates_compare_with_the_last_release_at_a_confidence(tiny_copy, tmp_path):
+    last = tmp_path / "last"
+    last.mkdir()
+    views = tiny_copy.report["views"]
+    (last / "report.json").write_text(json.dumps({"views": views}))
+    gate = {"view": "onnxruntime", "metric": "map50_95", "op": ">=", "bound": 0, "relative_to": "release"}
+    sure = {**gate, "bound": -1, "relative_to": "float", "confidence": 0.9}
+    settings = (f"validate.last_release={last}", f"gates={json.dumps([gate, sure])}")
+    result = rebuild(tiny_copy, *settings)
+    assert result.ran == ("validate", "release") and result.passed
+    found = {view["name"]: view for view in result.views}
+    assert result.gates[0]["reference"] == found["onnxruntime"]["map50_95"]  # the same build, measured again
+    interval = found["onnxruntime"]["interval"]
+    assert interval["low"] <= result.gates[1]["at_confidence"] <= interval["high"]
+    assert interval["difference"] == pytest.approx(found["onnxruntime"]["map50_95"] - found["float"]["map50_95"])
+    assert found["float"]["interval"] is None
+    assert rebuild(tiny_copy, *settings).ran == ()
+    for view in views:
+        view["map50_95"] += 0.25
+    (last / "report.json").write_text(json.dumps({"views": views}))
+    result = rebuild(tiny_copy, *settings)
+    assert result.ran == ("validate",) and not result.passed
+    assert result.gates[0]["missed_by"] == pytest.approx(0.25)
+
+
 def test_a_changed_section_reruns_what_it_decides_and_no_more(tiny_copy):
     result = rebuild(tiny_copy, "validate.latency_runs=2")
     assert result.ran == ("validate", "release")
