@@ -5,6 +5,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from qyolo_deploy.artifact import sha256_file
 from qyolo_deploy.engines.base import open_engine
+from qyolo_deploy.engines.heads import METADATA_KEY, head_metadata
 from qyolo_deploy.release.bundle import write_release
 from qyolo_deploy.release.manifest import (
     CreatedWith,
@@ -51,6 +52,31 @@ def write_detector(path, seed=0):
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def write_raw_detector(path):
+    """A detector that ends at its raw maps, of distances in cells and of class logits, with the metadata for them."""
+    weights = (np.random.default_rng(0).standard_normal((4 + len(NAMES), 3, 8, 8)) * 0.2).astype(np.float32)
+    sizes = np.array([4, len(NAMES)])
+    nodes = [
+        helper.make_node("Conv", ["images", "w"], ["maps"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Abs", ["maps"], ["positive"]),
+        helper.make_node("Split", ["positive", "sizes"], ["head0", "head1"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "raw toy",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 3, IMGSZ, IMGSZ])],
+        [
+            helper.make_tensor_value_info(f"head{index}", TensorProto.FLOAT, [1, size, 8, 8])
+            for index, size in enumerate(sizes.tolist())
+        ],
+        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(sizes, "sizes")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    helper.set_model_props(model, {METADATA_KEY: head_metadata({"strides": [8], "bins": 1})})
+    save(model, path)
     return path
 
 

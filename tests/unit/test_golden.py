@@ -7,16 +7,20 @@ import sys
 import numpy as np
 import onnxruntime
 import pytest
-from helpers.releases import ENGINE, IMGSZ, NAMES, make_release
+from helpers.releases import ENGINE, IMGSZ, NAMES, THRESHOLDS, make_release, write_detector, write_raw_detector
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qyolo_deploy.data.images import read_image
+from qyolo_deploy.data.synthetic import generate
 from qyolo_deploy.device.results import Difference, compare_detections, relative_error
 from qyolo_deploy.device.selftest import selftest
+from qyolo_deploy.engines.base import open_engine
 from qyolo_deploy.errors import InputError, IntegrityError
 from qyolo_deploy.release.golden import Golden, GoldenEngine, read_golden
 from qyolo_deploy.release.tolerance import tolerances
 from qyolo_deploy.release.verify import verify_release
+from qyolo_deploy.stages.golden import Picture, Subject, choose_pictures, chosen_places, make_golden
 
 INDEX = "golden/golden.json"
 
@@ -65,6 +69,43 @@ def test_a_plain_reader_finds_what_the_engine_computes(release):
         best = output[0, 4:].max()
         assert rows[0, 4] == best and output[0, 4 + int(rows[0, 5])].max() == best
         assert (np.diff(rows[:, 4]) <= 0).all()
+
+
+def test_an_engine_that_leaves_decoding_to_its_runner_gives_its_raw_maps(tmp_path):
+    runner = open_engine(write_raw_detector(tmp_path / "raw.onnx"))
+    picture = Picture("noise", np.random.default_rng(0).integers(0, 256, (IMGSZ, IMGSZ, 3), np.uint8))
+    files = make_golden({"onnxruntime": Subject(runner, "w8a8")}, [picture], THRESHOLDS, "generated")
+    result = Golden.model_validate_json(files[INDEX]).engines[0].results[0]
+    assert [(output.name, output.shape, output.box_channels) for output in result.outputs] == [
+        ("head0", (1, 4, 8, 8), 0),
+        ("head1", (1, len(NAMES), 8, 8), 0),
+    ]
+    tensor = (picture.image.astype(np.float32) / np.float32(255)).transpose(2, 0, 1)[None]
+    session = onnxruntime.InferenceSession(tmp_path / "raw.onnx")
+    for output in result.outputs:
+        (maps,) = session.run([output.name], {"images": np.ascontiguousarray(tensor)})
+        indices = np.frombuffer(files[output.indices], "<u4")
+        np.testing.assert_array_equal(maps.reshape(-1)[indices], np.frombuffer(files[output.values], "<f4"))
+    best = np.frombuffer(files[result.detections], "<f4").reshape(-1, 6)[0, 4]
+    assert best == pytest.approx(1 / (1 + np.exp(-maps.max())), rel=1e-5)  # of the last output, the class logits
+
+
+def test_of_many_cells_the_highest_are_kept_with_all_their_channels():
+    output = np.random.default_rng(0).standard_normal((1, 5, 1000)).astype(np.float32)
+    places = chosen_places(output, boxes=4)
+    cells = np.unique(places % 1000)
+    assert len(places) == 5 * len(cells) and 200 < len(cells) <= 256
+    assert set(np.argsort(-output[0, 4])[:100]) <= set(cells)
+
+
+def test_validation_images_are_taken_where_the_recipe_says_so(tmp_path):
+    data = generate(tmp_path / "data", seed=0, train_images=1, val_images=3, imgsz=IMGSZ)
+    runner = open_engine(write_detector(tmp_path / "toy.onnx"))
+    pictures = choose_pictures("validation", data, IMGSZ, runner, THRESHOLDS)
+    assert [picture.origin.rsplit(" ", 1)[0] for picture in pictures] == ["validation image"] * 2 + ["noise"]
+    index = int(pictures[0].origin.split()[-1])
+    image = read_image(tmp_path / "data" / "images" / "val" / f"{index:06d}.jpg")
+    np.testing.assert_array_equal(pictures[0].image, image)  # it has the network's size already
 
 
 def test_inputs_are_scenes_without_rights_and_noise(release):
