@@ -91,12 +91,18 @@ def validate(context: typer.Context, release: Path, data: str, engine: str | Non
         print(json.dumps(check.to_json()))
 
 
+def check_key(key: Path) -> None:
+    """Refuses a key that could not sign, before a build begins."""
+    from qyolo_deploy.release.sign import read_private_key
+
+    read_private_key(key)
+
+
 def sign_build(folder: Path, key: Path) -> None:
-    """Signs the release of a build, if it got that far."""
+    """Signs the release of a build."""
     from qyolo_deploy.release.verify import sign_release
 
-    if is_release(folder / "release"):
-        sign_release(folder / "release", key)
+    sign_release(folder / "release", key)
 
 
 @app.command()
