@@ -72,7 +72,7 @@ STAGES = (
     ),
     Stage(
         "release",
-        2,
+        3,
         "release",
         ("name", "release"),
         ("data", "float", "train", "correct", "export", "validate"),

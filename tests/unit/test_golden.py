@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import onnxruntime
@@ -16,8 +17,10 @@ from qyolo_deploy.data.synthetic import generate
 from qyolo_deploy.device.results import Difference, compare_detections, relative_error
 from qyolo_deploy.device.selftest import selftest
 from qyolo_deploy.engines.base import open_engine
+from qyolo_deploy.engines.heads import Head
 from qyolo_deploy.errors import InputError, IntegrityError
 from qyolo_deploy.release.golden import Golden, GoldenEngine, read_golden
+from qyolo_deploy.release.manifest import RawHead
 from qyolo_deploy.release.tolerance import tolerances
 from qyolo_deploy.release.verify import verify_release
 from qyolo_deploy.stages.golden import Picture, Subject, choose_pictures, chosen_places, make_golden
@@ -282,3 +285,9 @@ def test_fewer_bits_of_activations_leave_more_room():
 def test_the_index_reads_back_what_was_written(golden):
     assert Golden.model_validate_json(golden.to_text()) == golden
     assert isinstance(golden.engines[0], GoldenEngine)
+
+
+@pytest.mark.parametrize("head", [Head((8, 16), bins=16), Head((8,), anchors=(((10.0, 13.0), (16.0, 30.0)),))])
+def test_the_manifest_tells_how_raw_maps_are_decoded(head):
+    told = RawHead(**asdict(head)).model_dump_json()
+    assert Head.parse(told) == head
