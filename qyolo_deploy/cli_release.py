@@ -60,10 +60,10 @@ def is_release(path: Path) -> bool:
 
 def verify_any(path: Path, key: Path | None) -> "VerifiedRelease":
     """Verifies a release folder, or a packed one."""
-    from qyolo_deploy.release.pack import verify_packed
+    from qyolo_deploy.release.pack import SUFFIX, verify_packed
     from qyolo_deploy.release.verify import verify_release
 
-    return verify_packed(path, key) if path.is_file() else verify_release(path, key)
+    return verify_packed(path, key) if path.name.endswith(SUFFIX) and not path.is_dir() else verify_release(path, key)
 
 
 def validate(context: typer.Context, release: Path, data: str, engine: str | None, as_json: bool, quiet: bool) -> None:
