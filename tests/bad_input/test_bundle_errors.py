@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -387,3 +388,34 @@ def test_skopeo_copies_the_layout(original, tmp_path):
     subprocess.run(line, check=True, capture_output=True)
     blobs = "blobs/sha256"
     assert content_of(tmp_path / "copy" / blobs) == content_of(layout / blobs)
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+def test_a_release_goes_through_all_commands(qyolo, release, tmp_path):
+    private, public = write_keys(tmp_path, KEYS["ed25519"]())
+    file, layout, out = tmp_path / "toy.tar.zst", tmp_path / "layout", tmp_path / "out"
+    assert qyolo("release", "sign", release, "--json", QYOLO_SIGN_KEY=str(private)).code == 0
+    assert qyolo("release", "pack", release, "--out", file, "--json").json["packed"] == str(file)
+    assert qyolo("release", "pack", release, "--format", "oci", "--out", layout).code == 0
+    assert qyolo("release", "unpack", file, "--out", out, "--key", public, "--json").json["signature"] == "valid"
+    facts = [qyolo("verify", path, "--key", public, "--json").json for path in (release, file, out)]
+    assert {(fact["signature"], fact["digest"]) for fact in facts} == {("valid", facts[0]["digest"])}
+    assert content_of(out) == content_of(release)
+
+
+def test_refusals_are_one_sentence_and_exit_code_4(qyolo, release, tmp_path):
+    _, other = write_keys(tmp_path, KEYS["p256"]())
+    for arguments in (("verify", release, "--key", other), ("verify", write_archive(tmp_path / "bad.tar.zst", []))):
+        outcome = qyolo(*arguments, "--json")
+        assert outcome.code == outcome.json["exit_code"] == 4
+        assert outcome.stderr.count("\n") == 1 and outcome.stderr.startswith("error: ")
+
+
+def test_a_key_that_cannot_sign_is_told_before_the_build(qyolo, tmp_path):
+    _, public = write_keys(tmp_path, KEYS["p256"]())
+    recipe = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
+    outcome = qyolo("build", recipe, "--sign-key", public, "--out", tmp_path / "runs", "--json")
+    assert outcome.code == 2 and "expected an unbroken private key" in outcome.json["error"]
+    assert not (tmp_path / "runs").exists()
