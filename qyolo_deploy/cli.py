@@ -104,8 +104,10 @@ def build(
 
     if is_follower := os.environ.get("RANK", "0") != "0":  # one of several processes of torchrun; the first one talks
         quiet = True
+    if sign_key is not None:
+        cli_release.check_key(sign_key)
     result = run_build(recipe, settings or (), data, out, until, force, Reporter(quiet), device=device)
-    if sign_key is not None and not is_follower:
+    if sign_key is not None and "release" in (*result.ran, *result.up_to_date):
         cli_release.sign_build(result.folder, sign_key)
     if not quiet:
         _print_build(result.to_json())

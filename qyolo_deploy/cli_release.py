@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
@@ -39,11 +40,11 @@ def selftest(
         table = make_table("engine", "status", "machine", "outputs off by", "scores off by", "IoU", "detections")
         for check in checks:
             if (found := check.difference) is None:
-                table.add_row(check.view, check.status, *5 * ("-",))
+                table.add_row(escape(check.view), check.status, *5 * ("-",))
                 continue
             machine = "same" if check.same_machine else "another"
             numbers = (f"{found.relative_error:.2g}", f"{found.score:.2g}", f"{found.iou:.3f}", str(check.detections))
-            table.add_row(check.view, check.status, machine, *numbers)
+            table.add_row(escape(check.view), check.status, machine, *numbers)
         stdout().print(table)
     if as_json:
         print(json.dumps({"release": str(release), "engines": [check.to_json() for check in checks]}))
@@ -60,10 +61,10 @@ def is_release(path: Path) -> bool:
 
 def verify_any(path: Path, key: Path | None) -> "VerifiedRelease":
     """Verifies a release folder, or a packed one."""
-    from qyolo_deploy.release.pack import verify_packed
+    from qyolo_deploy.release.pack import SUFFIX, verify_packed
     from qyolo_deploy.release.verify import verify_release
 
-    return verify_packed(path, key) if path.is_file() else verify_release(path, key)
+    return verify_packed(path, key) if path.name.endswith(SUFFIX) and not path.is_dir() else verify_release(path, key)
 
 
 def validate(context: typer.Context, release: Path, data: str, engine: str | None, as_json: bool, quiet: bool) -> None:
@@ -85,18 +86,24 @@ def validate(context: typer.Context, release: Path, data: str, engine: str | Non
         for metric, released in check.released.items():
             here = getattr(check.report.metrics, metric)
             place = "same" if check.same_data else "other"
-            table.add_row(check.report.name, metric, f"{here:.6f}", f"{released:.6f}", place)
+            table.add_row(escape(check.report.name), metric, f"{here:.6f}", f"{released:.6f}", place)
         stdout().print(table)
     if as_json:
         print(json.dumps(check.to_json()))
 
 
+def check_key(key: Path) -> None:
+    """Refuses a key that could not sign, before a build begins."""
+    from qyolo_deploy.release.sign import read_private_key
+
+    read_private_key(key)
+
+
 def sign_build(folder: Path, key: Path) -> None:
-    """Signs the release of a build, if it got that far."""
+    """Signs the release of a build."""
     from qyolo_deploy.release.verify import sign_release
 
-    if is_release(folder / "release"):
-        sign_release(folder / "release", key)
+    sign_release(folder / "release", key)
 
 
 @app.command()

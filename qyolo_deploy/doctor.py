@@ -141,4 +141,7 @@ _PACKAGES = (
     _Package("onnxscript", "0.5", "build", "export"),
     _Package("onnxsim", "0.4.36", "build", "export"),
     _Package("jinja2", "3.1", "build", "the HTML report"),
+    _Package("cyclonedx-python-lib", "9", "build", "the bill of materials of a release"),
+    _Package("cryptography", "43", "sign", "signing releases and checking signatures"),
+    _Package("zstandard", "0.23", "bundle", "packing and unpacking releases"),
 )

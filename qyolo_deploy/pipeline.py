@@ -76,7 +76,7 @@ STAGES = (
     ),
     Stage(
         "release",
-        2,
+        3,
         "release",
         ("name", "release"),
         ("data", "float", "train", "correct", "export", "validate"),

@@ -42,7 +42,7 @@ class Calibration(Strict):
 
     images: int = Field(gt=0)
     name: str | None = None
-    digest: Sha256 | None = Field(None, description="Of the subset's file; none where the recipe took the first images")
+    digest: Sha256 | None = Field(None, description="Of the subset's file; none where the recipe names none")
 
 
 class ModelCard(Strict):

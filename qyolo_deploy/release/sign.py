@@ -47,7 +47,7 @@ def sign_manifest(release: Path, key: Path) -> Path:
         InputError: The key is not usable, or the file cannot be written.
         RuntimeMissingError: `cryptography` is not installed.
     """
-    private = _private_key(key)
+    private = read_private_key(key)
     file = release / SIGNATURE_NAME
     signature = _sign(private, (release / MANIFEST_NAME).read_bytes(), key)
     write_atomic(file, base64.b64encode(signature) + b"\n")
@@ -103,7 +103,13 @@ def _read_key(key: Path) -> bytes:
         raise InputError(f"{key}: the key cannot be read ({error.strerror})") from error
 
 
-def _private_key(key: Path) -> "PrivateKeyTypes":
+def read_private_key(key: Path) -> "PrivateKeyTypes":
+    """The key to sign with; a build reads it first, so that a wrong one is told before hours of work.
+
+    Raises:
+        InputError: The file is no private key in PEM, or its password is missing or wrong.
+        RuntimeMissingError: `cryptography` is not installed.
+    """
     serialization = _serialization()
     password = os.environ.get(PASSWORD_VARIABLE)
     try:

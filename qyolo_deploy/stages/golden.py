@@ -141,7 +141,7 @@ def _record(files: dict[str, bytes], stem: str, number: int, result: Result) -> 
     outputs = []
     for name, output in result.outputs.items():
         boxes = _BOXES if len(result.outputs) == 1 and output.ndim == 3 else 0
-        indices = _places(output, boxes)
+        indices = chosen_places(output, boxes)
         base = f"{stem}.{name}"
         entry = GoldenOutput(
             name=name,
@@ -159,7 +159,7 @@ def _record(files: dict[str, bytes], stem: str, number: int, result: Result) -> 
     return GoldenResult(input=number, outputs=tuple(outputs), detections=path, detection_count=len(result.detections))
 
 
-def _places(output: NDArray[np.float32], boxes: int) -> NDArray[np.int64]:
+def chosen_places(output: NDArray[np.float32], boxes: int) -> NDArray[np.int64]:
     """Flat places of all channels of the highest cells, and of cells spread evenly.
 
     Args:

@@ -1,5 +1,6 @@
 """Stage `release`: engines, model, report and recipe with a manifest that vouches for each byte."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,20 +51,26 @@ def run(context: StageContext) -> StageOutput:
 
     Raises:
         GateFailedError: If a gate did not pass: what did not prove itself does not ship.
+        SelftestError: If an engine does not repeat its own golden vectors.
     """
     gates = context.artifacts["validate"].info["gates"]
     if failed := [gate for gate in gates if not gate["passed"]]:
         raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {failed[0]['reason']}")
-    info, runners = _info(context, gates), {}
-    for engine in info.engines:
-        path, hint = context.folder / engine.path, engine.precision_hint or "f32"
-        runners[engine.view] = open_engine(path, hint, info.postprocessing.conf)
+    info = _info(context, gates)
+    runners = {
+        engine.view: open_engine(context.folder / engine.path, engine.precision_hint or "f32", info.postprocessing.conf)
+        for engine in info.engines
+    }
     info = info.model_copy(update={"engines": tuple(_with_head(engine, runners) for engine in info.engines)})
     files: dict[str, Path | bytes] = {**_files(context), **_golden(context, info, runners)}
     files[SBOM_NAME] = sbom_text(info, files).encode()
     folder = write_release(context.folder / "release", files, info)
     verified = verify_release(folder)
-    _prove(verified)
+    try:
+        _prove(verified)
+    except SelftestError:
+        shutil.rmtree(folder)
+        raise
     return StageOutput("release", engine_files(folder), {"digest": verified.digest, "size_bytes": verified.size_bytes})
 
 
@@ -144,9 +151,7 @@ def _info(context: StageContext, gates: list[dict[str, Any]]) -> ReleaseInfo:
 
 def _anchors(spec: dict[str, Any]) -> tuple[tuple[tuple[float, float], ...], ...]:
     """Pairs of width and height a level, from the flat lists of YOLOv5's configuration."""
-    levels = spec["config"].get("anchors", ())
-    if not isinstance(levels, list | tuple):
-        return ()
+    levels = spec["config"]["anchors"] if spec["family"] == "yolov5" else ()
     return tuple(tuple((float(w), float(h)) for w, h in zip(level[::2], level[1::2], strict=True)) for level in levels)
 
 

@@ -185,6 +185,12 @@ class TestEngine:
         np.testing.assert_array_equal(engine(images), kept)
         np.testing.assert_array_equal(open_engine(built["open"])(images), kept)
 
+    def test_its_own_outputs_are_those_it_decodes(self, engine):
+        images = some_images(1, 3, 64, 64)
+        outputs = engine.outputs(images)
+        assert list(outputs) == ["output0"] and engine.head is None
+        np.testing.assert_array_equal(outputs["output0"], engine(images))
+
     def test_an_image_gives_the_same_in_any_batch(self, engine):
         images = some_images(3, 3, 64, 64)
         together = engine(images)

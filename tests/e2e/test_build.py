@@ -19,7 +19,8 @@ from qyolo_deploy.validate.detections import decode
 
 VIEWS = ("float", "fake_quantized", "onnxruntime", "openvino")
 COMMANDS = ["", "build", "validate", "verify", "doctor", "recipe", "recipe show", "recipe schema", "recipe list"]
-COMMANDS += ["demo", "demo oscillation", "bench", "bench train", "compare", "sensitivity"]
+COMMANDS += ["demo", "demo oscillation", "bench", "bench train", "compare", "sensitivity", "selftest"]
+COMMANDS += ["release", "release schema", "release sign", "release pack", "release unpack"]
 
 
 def rows(stdout):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import cv2
+import jsonschema
 import numpy as np
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.release.verify import verify_release
+from qyolo_deploy.validate.run import digest_engine
 
 ALL = ("data", "float", "train", "correct", "export", "validate", "release")
 # Calibration searches a range for each tensor; where integers do not matter, the weights of one layer will do.
@@ -407,7 +409,10 @@ def test_release_holds_engines_model_report_and_recipe_as_they_are_in_the_build(
     digests = {file.path: file.sha256 for file in verified.files}
     corrected = digests.pop("model.safetensors")
     assert corrected == sha256_file(tiny_build.folder / "correct" / "model.safetensors")
-    assert digests == {path: sha256_file(tiny_build.folder / path) for path in digests}
+    made_for_it = {path for path in digests if path.startswith("golden/")} | {"sbom.cdx.json"}
+    assert "golden/golden.json" in made_for_it
+    copied = digests.keys() - made_for_it
+    assert {path: digests[path] for path in copied} == {path: sha256_file(tiny_build.folder / path) for path in copied}
     assert {"recipe.resolved.yaml", "report.json", "report.html"} < digests.keys()
     manifest = verified.manifest
     assert {engine.view for engine in manifest.engines} == {"float", "onnxruntime", "openvino"}
@@ -415,6 +420,35 @@ def test_release_holds_engines_model_report_and_recipe_as_they_are_in_the_build(
     for engine in manifest.engines:
         assert engine.metrics["map50_95"] == views[engine.view]["map50_95"]
     assert [entry.stage for entry in manifest.lineage] == list(ALL[:-1])
+    outputs = {entry.stage: entry.output for entry in manifest.lineage}
+    for entry in manifest.lineage:  # every digest of a stage is that of what the stage before it has written
+        assert all(value == outputs[name] for name, value in entry.inputs.items() if name in outputs)
+    for engine in manifest.engines:
+        assert engine.digest == digest_engine(tiny_build.folder / engine.path)
+        assert engine.validated_on == {"val": manifest.datasets["val"]}
+
+
+def test_the_manifest_follows_its_published_schema(qyolo, tiny_build):
+    schema = json.loads(qyolo("release", "schema").stdout)
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    manifest = json.loads((tiny_build.folder / "release" / "manifest.json").read_text())
+    validator.validate(manifest)
+    for key in ("digest", "engines", "schema_version", "files"):
+        assert not validator.is_valid({name: value for name, value in manifest.items() if name != key})
+    assert not validator.is_valid({**manifest, "surplus": 1})
+
+
+@pytest.mark.slow
+def test_two_builds_write_the_same_release_but_for_the_files_that_the_manifest_names(qyolo, tiny_build, tmp_path):
+    outcome = qyolo(*tiny_build.arguments(), "--out", tmp_path, "--quiet")
+    assert outcome.code == 0, outcome.stderr
+    first, second = (verify_release(out / "quickstart" / "release") for out in (tiny_build.out, tmp_path))
+    digests = [{file.path: file.sha256 for file in release.files} for release in (first, second)]
+    varying = set(first.manifest.varying)
+    assert varying == {"manifest.json", "report.html", "report.json"}
+    assert {path for path in digests[0] if digests[0][path] != digests[1].get(path)} <= varying
+    assert digests[0].keys() == digests[1].keys()
 
 
 def test_records_tell_keys_inputs_and_files_of_every_stage(tiny_build):

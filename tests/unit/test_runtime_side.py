@@ -14,7 +14,7 @@ import qyolo_deploy
 
 BUILD_SIDE = ("torch", "ultralytics", "onnx", "onnx_ir", "onnxscript", "onnxsim", "jinja2", "matplotlib", "openvino")
 # Everything else of the package belongs to the runtime side.
-BUILD_MODULES = re.compile(r"qyolo_deploy\.(models|training|graph|qat|qc|export|stages\.|release\.report\b)")
+BUILD_MODULES = re.compile(r"qyolo_deploy\.(models|training|graph|qat|qc|export|stages\.|release\.(report|sbom)\b)")
 
 
 def closure(requirements):
@@ -108,6 +108,7 @@ def test_verify_and_recipes_work(light_qyolo, tiny_build):
     process = light_qyolo("verify", tiny_build.folder / "release", "--json")
     assert process.returncode == 0, process.stderr
     assert last_json(process)["name"] == "quickstart"
+    assert light_qyolo("release", "schema").returncode == 0
     shown = light_qyolo("recipe", "show", tiny_build.folder / "release" / "recipe.resolved.yaml")
     assert shown.stdout == (tiny_build.folder / "recipe.resolved.yaml").read_text()
     assert light_qyolo("recipe", "schema").returncode == 0
@@ -129,6 +130,47 @@ def test_engines_are_compared_by_their_speed(light_qyolo, tiny_build):
     process = light_qyolo("bench", "engines", tiny_build.onnx, *arguments)
     assert process.returncode == 0, process.stderr
     assert [row["name"] for row in last_json(process)["rows"]] == [tiny_build.onnx.name]
+
+
+def test_a_release_proves_itself(light_qyolo, tiny_build):
+    release = tiny_build.folder / "release"
+    process = light_qyolo("selftest", release, "--json")
+    assert process.returncode == 0, process.stderr
+    checks = {check["view"]: check for check in last_json(process)["engines"]}
+    assert {view: check["status"] for view, check in checks.items()} == {
+        "float": "ok",
+        "onnxruntime": "ok",
+        "openvino": "not run",
+    }
+    assert checks["onnxruntime"]["difference"] == {"relative_error": 0, "score": 0, "iou": 1}
+    assert checks["onnxruntime"]["detections"] > 0
+    process = light_qyolo("selftest", release, "--engine", "openvino", "--json")
+    assert process.returncode == 3
+    assert last_json(process)["error"] == "OpenVINO is not installed"
+
+
+def test_a_release_is_validated_by_its_manifest(light_qyolo, tiny_build):
+    release, data = tiny_build.folder / "release", tiny_build.folder / "data"
+    process = light_qyolo("validate", release, "--data", data, "--json")
+    assert process.returncode == 0, process.stderr
+    found = last_json(process)
+    assert found["same_data"] and found["name"] == "onnxruntime"
+    assert found["released"] == {key: found[key] for key in ("map50_95", "map50", "map75")}
+    refused = light_qyolo("validate", release, "--data", data, "--conf", "0.2", "--json")
+    assert (refused.returncode, last_json(refused)["error"][:7]) == (2, "--conf:")
+
+
+def test_signatures_and_archives_name_the_missing_package(light_qyolo, tiny_build, tmp_path):
+    release = tiny_build.folder / "release"
+    for package, extra, arguments in (
+        ("cryptography", "sign", ("verify", release, "--key", tmp_path / "public.pem")),
+        ("zstandard", "bundle", ("release", "pack", release, "--out", tmp_path / "release.tar.zst")),
+    ):
+        process = light_qyolo(*arguments, "--json")
+        assert process.returncode == 3
+        assert f"'{package}'" in last_json(process)["error"]
+        assert last_json(process)["hint"] == f'pip install "qyolo_deploy[{extra}]"'
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_quantized_model_is_readable(light, tiny_build):
