@@ -115,4 +115,5 @@ _PACKAGES = (
     _Package("onnxscript", "0.5", "build", "export"),
     _Package("onnxsim", "0.4.36", "build", "export"),
     _Package("jinja2", "3.1", "build", "the HTML report"),
+    _Package("matplotlib", "3.9", "build", "charts of the HTML report"),
 )
