@@ -144,4 +144,5 @@ _PACKAGES = (
     _Package("cyclonedx-python-lib", "9", "build", "the bill of materials of a release"),
     _Package("cryptography", "43", "sign", "signing releases and checking signatures"),
     _Package("zstandard", "0.23", "bundle", "packing and unpacking releases"),
+    _Package("matplotlib", "3.9", "build", "charts of the HTML report"),
 )

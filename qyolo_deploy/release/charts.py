@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qyolo_deploy.release.svg import CARD, GRID, INK, OWN, SOFT, draw, mark, printable
+from qyolo_deploy.release.svg import CARD, GRID, INK, OWN, SOFT, draw, mark, printable, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +60,7 @@ class Trace:
 
 def round_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about `count` round numbers, evenly spaced, the first <= `low` and the last >= `high`."""
+    require_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
     if math.isclose(low, high, rel_tol=1e-9, abs_tol=1e-300):

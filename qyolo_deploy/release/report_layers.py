@@ -85,7 +85,8 @@ def _db(value: object) -> str:
 
 def _parity(view: str, found: Mapping[str, Any]) -> dict[str, Any]:
     first, images = found.get("first_departure"), scalar(found.get("images"))
-    told = f"{view_title(view)}, {images} images: "
+    against = f" against {view_title(found['reference'])}" if found.get("reference") else ""
+    told = f"{view_title(view)}{against}, {images} images: "
     told += f"the first layer that departs is {first}." if first else "no layer departs."
     head = ["Layer", "SQNR, dB", "Cosine", "Largest error", "Share that differs"]
     rows = [

@@ -45,12 +45,10 @@ def draw(
     Raises:
         RuntimeMissingError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        hint = 'pip install "qyolo_deploy[build]"'
-        raise RuntimeMissingError("Charts need matplotlib, which is not installed.", hint) from error
+    require_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     left, top, right, bottom = box
     buffer = io.StringIO()
     with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
@@ -64,6 +62,19 @@ def draw(
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = _Tidy(ElementTree.fromstring(buffer.getvalue())).root(width, height, printable(title))
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def require_matplotlib() -> None:
+    """Return if matplotlib can be imported.
+
+    Raises:
+        RuntimeMissingError: It is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        hint = 'pip install "qyolo_deploy[build]"'
+        raise RuntimeMissingError("Charts need matplotlib, which is not installed.", hint) from error
 
 
 def mark(style: str, text: str = "") -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from qyolo_deploy import __version__
 from qyolo_deploy.artifact import sha256_file
 from qyolo_deploy.data.calibration import read_calibration_set
-from qyolo_deploy.data.dataset import image_names
+from qyolo_deploy.data.dataset import image_names, take_images
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.stages.context import StageContext
 from qyolo_deploy.stages.examples import contact_sheet
@@ -75,8 +75,8 @@ def describe_calibration(context: StageContext) -> dict[str, Any]:
     summary = chosen.summary()
     told |= {key: summary[key] for key in ("name", "method", "seed", "digest")}
     told |= {"source": f"{chosen.source.dataset}, training split", "of_images": len(dataset)}
-    told |= {"files": image_names(dataset)[:used], "webp_base64": contact_sheet(dataset)}
-    return told
+    pictures = contact_sheet(take_images(dataset, range(used)))
+    return told | {"files": image_names(dataset)[:used], "webp_base64": pictures}
 
 
 def describe_making(context: StageContext) -> dict[str, Any]:

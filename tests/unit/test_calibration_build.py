@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -16,6 +18,7 @@ from qyolo_deploy.errors import InputError, IntegrityError
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.stages.calibration import CalibrationChoice, create_calibration_set
 from qyolo_deploy.stages.context import StageContext
+from qyolo_deploy.stages.report_parts import describe_calibration
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,20 @@ def test_stages_get_the_subset_in_its_order_or_all_training_data(product):
     for image, boxes in zip(found.images, found.boxes, strict=True):
         assert (boxes == training.boxes[training.images.index(image)]).all()
     assert context_of(product, "data.calibration=null").calibration_data().images == training.images
+
+
+def test_a_report_tells_which_images_set_the_scales(product):
+    subset = read_calibration_set(product / "five.json")
+    told = describe_calibration(context_of(product, "data.calibration_images=3"))
+    assert (told["images"], told["of_images"], told["imgsz"]) == (3, 5, 64)
+    assert (told["name"], told["method"], told["digest"]) == (subset.name, "random", subset.digest)
+    assert told["files"] == [image.file_name for image in subset.images[:3]]
+    whole = replace(
+        context_of(product, "data.calibration=null"),
+        artifacts={"data": SimpleNamespace(info={"train": {"digest": "0" * 64}})},
+    )
+    told = describe_calibration(whole)
+    assert (told["images"], told["of_images"], told["source"], told["digest"]) == (8, 8, "training split", "0" * 64)
 
 
 def test_a_build_generates_the_scenes_that_a_subset_names(tmp_path):

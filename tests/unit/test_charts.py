@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qyolo_deploy.release.charts import Bar, Dot, Trace, bar_chart, dot_plot, histogram, round_ticks, trace_chart
 from qyolo_deploy.release.spot_chart import Spot, spot_chart
+from qyolo_deploy.release.traces import nice_ticks
 
 HOSTILE = "<script>alert('x')</script>\" onload=\"x $\\frac{$ \x00"
 
@@ -18,12 +19,13 @@ def drawn(svg):
     return ElementTree.fromstring(svg)
 
 
+@pytest.mark.parametrize("make_ticks", [round_ticks, nice_ticks])
 @given(low=st.floats(-1e5, 1e5), span=st.floats(0, 1e5) | st.just(0.0))
-def test_ticks_cover_the_range_evenly_with_round_steps(low, span):
+def test_ticks_cover_the_range_evenly_with_round_steps(make_ticks, low, span):
     high = low + span
     if 0 < high - low < 1e-6 * max(abs(low), abs(high)):
         return
-    ticks = round_ticks(low, high)
+    ticks = make_ticks(low, high)
     steps = [after - before for before, after in pairwise(ticks)]
     assert ticks[0] <= low + steps[0] * 1e-6 and ticks[-1] >= high - steps[0] * 1e-6
     assert 2 <= len(ticks) <= 9

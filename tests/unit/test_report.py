@@ -289,7 +289,8 @@ def test_without_jinja2_the_way_out_is_named(tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_the_way_out_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("matplotlib", "matplotlib.ticker", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RuntimeMissingError, match="matplotlib") as caught:
         write_report(tmp_path / "report.html", make_report())
     assert "build" in caught.value.hint
