@@ -9,6 +9,7 @@ from qyolo_deploy.release.report_text import NOTHING, fixed, list_facts, scalar,
 from qyolo_deploy.release.report_views import Table
 
 _MOST_LAYERS = 20
+_EQUAL_DB = 200.0  # stands for two tensors that do not differ at all
 
 Layer = Mapping[str, Any]
 
@@ -80,7 +81,8 @@ def _layers_table(layers: Sequence[Layer], parity: Mapping[str, Any], sensitivit
 
 
 def _db(value: object) -> str:
-    return fixed(to_number(value), 1)
+    decibels = to_number(value)
+    return "equal" if decibels is not None and decibels >= _EQUAL_DB else fixed(decibels, 1)
 
 
 def _parity(view: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,15 +104,20 @@ def _parity(view: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parity_charts(parity: Mapping[str, Any]) -> list[Chart]:
+    """Draw the SQNR of each layer, those of the same name of several views above one another."""
+    noise = {view: _by_name(found, "sqnr_db") for view, found in parity.items()}
+    longest: list[str] = max((list(layers) for layers in noise.values()), key=len, default=[])
+    order = {name: place for place, name in enumerate(longest, 1)}
     traces = []
-    for view, found in parity.items():
-        values = [to_number(layer.get("sqnr_db")) for layer in found.get("layers") or []]
-        points = [(float(place), value) for place, value in enumerate(values, 1) if value is not None]
+    for view, layers in noise.items():
+        known = [(order[name], to_number(value)) for name, value in layers.items() if name in order]
+        points = [(float(place), db) for place, db in known if db is not None]
         if points:
-            traces.append(Trace(view_style(view), points, label=view_title(view)))
+            traces.append(Trace(view_style(view), sorted(points), label=view_title(view)))
     if not traces:
         return []
-    caption = "SQNR of each layer, dB, from the first to the last"
+    is_equal = any(db >= _EQUAL_DB for trace in traces for _, db in trace.points)
+    caption = f"SQNR of each layer, dB{f' ({_EQUAL_DB:.0f}: equal)' if is_equal else ''}, from the first to the last"
     return [(caption, trace_chart(traces, title=caption, x_label="layer"))]
 
 

@@ -239,7 +239,11 @@ def test_numbers_that_were_not_measured_are_dashes(tmp_path):
 
 def test_what_others_measure_is_shown_where_it_is_there(tmp_path):
     report = make_report()
-    layers = [{"name": "model.1.conv", "sqnr_db": 41.26, "cosine": 0.99995, "max_error": 0.125, "differing": 0.01}]
+    equal = {"name": "model.0.conv", "sqnr_db": 200.0, "cosine": 1.0, "max_error": 0.0, "differing": None}
+    layers = [
+        equal,
+        {"name": "model.1.conv", "sqnr_db": 41.26, "cosine": 0.99995, "max_error": 0.125, "differing": 0.01},
+    ]
     report["parity"] = {"onnxruntime": {"images": 6, "first_departure": "model.1.conv", "layers": layers}}
     report["sensitivity"] = {"metric": "mAP50-95", "layers": [{"name": "model.1.conv", "loss": 0.0375}]}
     report["views"][2]["interval"] = {"difference": -0.0023, "low": -0.0061, "high": 0.0012, "confidence": 0.9}
@@ -248,6 +252,8 @@ def test_what_others_measure_is_shown_where_it_is_there(tmp_path):
     for text in (
         "the first layer that departs is model.1.conv",
         "SQNR ONNX Runtime, dB",
+        "SQNR of each layer, dB (200: equal)",
+        "model.0.conv equal 1.000000 0 –",
         "41.3",
         "0.999950",
         "Sensitivity (mAP50-95)",
