@@ -10,9 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from qyolo_deploy.data.records import DetectionDataset, ImageRecord
-from qyolo_deploy.validate import image_scores
 from qyolo_deploy.validate.curves import precision_recall
-from qyolo_deploy.validate.image_scores import worst_losses
+from qyolo_deploy.validate.image_scores import match_images, worst_losses
 from qyolo_deploy.validate.results import ResultTable
 
 IDS = (3, 7)  # category ids need not be contiguous
@@ -30,10 +29,6 @@ def make_dataset(annotations, images=1):
     }
     records = tuple(ImageRecord(n, Path(f"{n}.jpg"), 100, 100) for n in range(1, images + 1))
     return DetectionDataset(Path("x"), "val", ("cat", "dog"), IDS, records, (), (), truth, None)
-
-
-def match_images(dataset, results, **settings):
-    return image_scores.match_images(dataset, ResultTable.from_coco(results), **settings)
 
 
 def detection(box, score=0.9, category=3, image=1):
@@ -64,7 +59,7 @@ def counts(match):
     ],
 )
 def test_detections_are_matched_as_one_would_by_hand(annotations, found, expected, score):
-    (match,) = match_images(make_dataset(annotations), found)
+    (match,) = match_images(make_dataset(annotations), ResultTable.from_coco(found))
     assert counts(match) == expected
     assert match.score == pytest.approx(score)
 
@@ -72,7 +67,7 @@ def test_detections_are_matched_as_one_would_by_hand(annotations, found, expecte
 def test_the_surest_detection_has_the_first_choice_and_the_next_takes_what_is_left():
     objects = [{"bbox": [0, 0, 10, 10]}, {"bbox": [0, 4, 10, 10]}]
     found = [detection([0, 1, 10, 10], 0.5), detection([0, 0, 10, 10], 0.9)]  # the order in the list does not matter
-    (match,) = match_images(make_dataset(objects), found)
+    (match,) = match_images(make_dataset(objects), ResultTable.from_coco(found))
     assert counts(match) == (2, 0, 0)
     assert [result["score"] for result in match.right] == [0.9, 0.5]
 
@@ -82,10 +77,10 @@ def test_images_are_ranked_by_what_the_worst_view_loses():
     annotations[2] |= {"bbox": [50, 50, 10, 10]}
     dataset = make_dataset(annotations, images=3)
     everything = [detection(a["bbox"], image=a["image_id"]) for a in annotations]
-    full = match_images(dataset, everything)
-    without_second = match_images(dataset, everything[:1] + everything[3:])
-    without_one_of_second = match_images(dataset, everything[:2] + everything[3:])
-    without_third = match_images(dataset, everything[:3])
+    full = match_images(dataset, ResultTable.from_coco(everything))
+    without_second = match_images(dataset, ResultTable.from_coco(everything[:1] + everything[3:]))
+    without_one_of_second = match_images(dataset, ResultTable.from_coco(everything[:2] + everything[3:]))
+    without_third = match_images(dataset, ResultTable.from_coco(everything[:3]))
     # Nothing is left of images 2 and 3: the one that loses two objects comes first.
     assert worst_losses(full, [without_second, without_third], 3) == [1, 2, 0]
     assert worst_losses(full, [without_one_of_second, without_third], 2) == [2, 1]
@@ -131,7 +126,7 @@ def test_curves_are_those_of_pycocotools(noisy):
 
 def test_matches_agree_with_pycocotools(noisy):
     dataset, found = noisy
-    matches = match_images(dataset, found, conf=0.0)
+    matches = match_images(dataset, ResultTable.from_coco(found), conf=0.0)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         annotations = [{**a, "id": a["id"] + 1} for a in dataset.ground_truth["annotations"]]

@@ -14,6 +14,7 @@ from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.stages.examples import contact_sheet, describe_images
 from qyolo_deploy.stages.report_parts import describe_layers, shorten_numbers, to_text
+from qyolo_deploy.validate.results import ResultTable
 
 NUMBERS = st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.none() | st.booleans()
 TEXTS = st.text(alphabet='[]{}", \n\\1a', max_size=8)
@@ -81,7 +82,8 @@ def test_examples_are_the_images_on_which_an_engine_loses_most(train_scenes):
     ]
     lost = {dataset.images[place].image_id for place in (2, 5)}
     engine = [result for result in truth if result["image_id"] not in lost]
-    told = describe_images(dataset, {"float": truth, "fake_quantized": truth, "openvino": engine})
+    full = ResultTable.from_coco(truth)
+    told = describe_images(dataset, {"float": full, "fake_quantized": full, "openvino": ResultTable.from_coco(engine)})
     shown = told["examples"]
     assert len(shown) == 8 and set(shown[0]["views"]) == {"float", "openvino"}
     names = [dataset.images[place].path.name for place in (2, 5)]
