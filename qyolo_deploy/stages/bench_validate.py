@@ -3,6 +3,7 @@
 All take turns over the same images, so that within a round the machine is nearly the same for all.
 """
 
+import importlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -138,10 +139,9 @@ def _seconds(times: list[list[float]], baseline: list[list[float]]) -> dict[str,
 
 def _ultralytics(engine: Path, dataset: DetectionDataset, how: EvalSettings, folder: Path) -> Callable[[], object]:
     """`YOLO(engine).val()` over the same images, from links to them, because it writes caches beside the labels."""
-    from qyolo_deploy.models.ultralytics_env import ensure_torchvision, import_ultralytics
-
-    module = import_ultralytics()
-    ensure_torchvision()
+    environment = importlib.import_module("qyolo_deploy.models.ultralytics_env")  # which imports torch
+    module = environment.import_ultralytics()
+    environment.ensure_torchvision()
     for kind in ("images", "labels"):
         (folder / kind).mkdir()
     for record in dataset.images:

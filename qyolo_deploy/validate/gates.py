@@ -98,8 +98,8 @@ def _samples(gate: Gate, reference: float | None, resampled: Mapping[str, Bootst
     if ours is None or reference is None:
         return ours
     theirs: Float64 | None = np.full(len(ours), reference)
-    if gate.relative_to in resampled:
-        theirs = resampled[gate.relative_to].samples(gate.metric)
+    if (other := resampled.get(str(gate.relative_to))) is not None:
+        theirs = other.samples(gate.metric)
     if theirs is None:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):

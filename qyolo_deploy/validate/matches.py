@@ -102,8 +102,8 @@ def _ignored_objects(truth: Sequence[Mapping[str, Any]]) -> Bool:
     """Return bool `[areas, objects]`: crowds, and objects of another size."""
     areas = np.array([entry.get("area", entry["bbox"][2] * entry["bbox"][3]) for entry in truth], np.float64)
     crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in truth], bool)
-    outside: Bool = (areas < _LIMITS[:, :1]) | (areas > _LIMITS[:, 1:])
-    return outside | crowd
+    ignored: Bool = (areas < _LIMITS[:, :1]) | (areas > _LIMITS[:, 1:]) | crowd
+    return ignored
 
 
 def _match_boxes(
@@ -118,7 +118,8 @@ def _match_boxes(
     ious, crowd, ignore = ious[:, ::-1], crowd[::-1], ignore[:, None, ::-1]
     thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
     taken = np.zeros((*matched.shape[:2], len(truth)), bool)
-    a, t = np.indices(matched.shape[:2])
+    indices: Int64 = np.indices(matched.shape[:2])
+    a, t = indices
     for index in np.flatnonzero(ious.max(axis=1) >= thresholds[0, 0]):
         near = (ious[index] >= thresholds) & (~taken | crowd)
         proper = near & ~ignore
