@@ -46,6 +46,8 @@ def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.M
     model: ir.Model = ir.from_proto(proto)
     RemoveUnusedNodesPass()(model)
     NameFixPass()(model)
+    # The exporter writes a version that runtimes of two years ago refuse, whatever the content needs.
+    model.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     _strip_metadata(model)
     present = {value.name for node in model.graph for value in node.outputs}
     if missing := sorted(set(names) - present):

@@ -12,7 +12,8 @@ class AnchorDecode(nn.Module):
 
     With s the sigmoid of a cell's outputs, g its column and row, t the level's stride and a the anchor
     in pixels: `xy = (2 s - 0.5 + g) t`, `wh = (2 s)^2 a`, `score = objectness * class` (YOLOv5).
-    The levels are laid side by side by slicing channels, so that the exported graph has no transpose.
+    Anchors are laid side by side by slicing channels, so that the exported graph has no transpose, and each is
+    decoded before that, while it lies in the cache.
     """
 
     anchors: Tensor
@@ -30,21 +31,18 @@ class AnchorDecode(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Return `output0`, float32 `[N, 4 + nc, A]`, for raw maps `[N, anchors * (5 + nc), h, w]`."""
         count = self.anchors.shape[1]
-        slabs, offsets, scales, sizes = [], [], [], []
+        found = []
         grids = cell_offsets(maps, -0.5)
         for level, (raw, grid, stride) in enumerate(zip(maps, grids, self.strides, strict=True)):
             batch, channels, height, width = raw.shape
             rows = channels // count
             for anchor in range(count):
                 slab = raw[:, anchor * rows : (anchor + 1) * rows]
-                slabs.append(slab.reshape(batch, rows, height * width))
-                offsets.append(grid * stride)
-                scales.append(torch.full_like(grid[:1], 2.0 * stride))
-                sizes.append(4.0 * self.anchors[level, anchor].reshape(2, 1).expand_as(grid))
-        s = torch.cat(slabs, 2).sigmoid()
-        xy = s[:, 0:2] * torch.cat(scales, 1) + torch.cat(offsets, 1)
-        wh = s[:, 2:4] * s[:, 2:4] * torch.cat(sizes, 1)
-        return torch.cat((xy, wh, s[:, 5:] * s[:, 4:5]), 1)
+                s = slab.reshape(batch, rows, height * width).sigmoid()
+                xy = s[:, 0:2] * (2.0 * stride) + grid * stride
+                wh = s[:, 2:4] * s[:, 2:4] * (4.0 * self.anchors[level, anchor].reshape(2, 1))
+                found.append(torch.cat((xy, wh, s[:, 5:] * s[:, 4:5]), 1))
+        return torch.cat(found, 2)
 
 
 class DflDecode(nn.Module):

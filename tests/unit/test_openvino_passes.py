@@ -9,6 +9,7 @@ import onnx_ir as ir
 import openvino
 import pytest
 import torch
+from helpers.engines import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -27,6 +28,7 @@ from qyolo_deploy.export.openvino_passes import (
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.simulate import fold_float
+from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
 ops = openvino.opset13
@@ -268,6 +270,38 @@ def test_kernels_have_times(engines, images):
     table = kernel_table(kernels)
     assert table[0][3] > 0 and sum(count for _, _, count, _ in table) == len(kernels)
     assert sum(time for *_, time in table) == pytest.approx(sum(kernel.time_ms for kernel in kernels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "hardswish"])
+def test_a_swapped_activation_is_part_of_the_convolution(pico, make_prepared, activation, tmp_path):
+    """No kernel computes it by itself, nor the rounding before or behind it."""
+    detector = with_activation(pico, activation)
+    prepared = make_prepared(detector, QuantScheme(QuantSpec(8), QuantSpec(8, signed=False)))
+    quantized = freeze(prepared, {})
+    raw = expose_heads(export_float(fold_float(detector), 64, dynamic=False), fold_float(detector))
+    qdq = insert_qdq(raw, quantized, leave_out=prepared.placement.inner, clip="values")
+    kernels = executed_kernels(compiled(write(qdq, tmp_path / "m", ir_passes(quantized, "int8"))))
+    convolutions = [kernel for kernel in kernels if kernel.kind == "Convolution"]
+    assert len(convolutions) == len(quantized.layers) and all(kernel.is_integer for kernel in convolutions)
+    # What is left computes no activation: the image is rounded, the maps are made float, residuals are added.
+    others = {kernel.kind for kernel in kernels} - {"Convolution"}
+    assert others <= {"Concatenation", "Eltwise", "Interpolate", "Pooling", "Reorder", "Split", "Subgraph"}
+    alone = [kernel.name for kernel in kernels if kernel.kind == "Subgraph"]
+    assert all(name.startswith(("DequantizeLinear:images", "head")) for name in alone)
+
+
+# --- the ONNX for ONNX Runtime, read as it is ---
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_one_onnx_runs_in_integers_in_both_runtimes(float_model, quantized, images, storage, tmp_path):
+    """Packed weights too; a file for OpenVINO alone is faster, because nothing is rounded inside SiLU."""
+    path = tmp_path / "shared.onnx"
+    ir.save(insert_qdq(float_model, quantized, storage=storage), path)
+    convolutions = [kernel for kernel in executed_kernels(compiled(path)) if kernel.kind == "Convolution"]
+    assert len(convolutions) == len(quantized.layers) and all(kernel.is_integer for kernel in convolutions)
+    assert_near(outputs(path, images), [run(ir.load(path), images)])
 
 
 # --- size ---
