@@ -19,7 +19,7 @@ from qyolo_deploy.validate.detections import decode
 
 VIEWS = ("float", "fake_quantized", "onnxruntime", "openvino")
 COMMANDS = ["", "build", "validate", "verify", "doctor", "recipe", "recipe show", "recipe schema", "recipe list"]
-COMMANDS += ["demo", "demo oscillation", "bench", "bench train"]
+COMMANDS += ["demo", "demo oscillation", "bench", "bench train", "engine", "engine build"]
 
 
 def rows(stdout):
