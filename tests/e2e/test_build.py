@@ -21,6 +21,7 @@ VIEWS = ("float", "fake_quantized", "onnxruntime", "openvino")
 COMMANDS = ["", "build", "validate", "verify", "doctor", "recipe", "recipe show", "recipe schema", "recipe list"]
 COMMANDS += ["demo", "demo oscillation", "bench", "bench train", "compare", "sensitivity", "selftest"]
 COMMANDS += ["release", "release schema", "release sign", "release pack", "release unpack"]
+COMMANDS += ["engine", "engine build"]
 
 
 def rows(stdout):

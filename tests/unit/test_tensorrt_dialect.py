@@ -219,7 +219,7 @@ def test_half_precision_is_for_float_convolutions_alone(float_model, quantized):
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(made), check_type=True, strict_mode=True)
     half = {v.name for v in proto.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
     makers = {name: node.op_type for node in proto.graph.node for name in node.output}
-    assert sorted(makers[name] for name in half) == ["Cast", "Conv"]
+    assert sorted(makers[name] for name in half if name in makers) == ["Cast", "Conv"]
 
 
 # --- shifting -----------------------------------------------------------------------------------------------
