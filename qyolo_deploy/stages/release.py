@@ -82,7 +82,8 @@ def _with_head(engine: EngineEntry, runners: dict[str, Runner]) -> EngineEntry:
 def _golden(context: StageContext, info: ReleaseInfo, runners: dict[str, Runner]) -> dict[str, bytes]:
     thresholds, recipe = info.postprocessing, context.recipe
     subjects = {engine.view: Subject(runners[engine.view], engine.scheme) for engine in info.engines}
-    source, judge = recipe.release.golden_images, runners[recipe.export.targets[0]]
+    source = recipe.release.golden_images
+    judge = runners[next((target for target in recipe.export.targets if target in runners), "float")]
     pictures = choose_pictures(source, context.dataset, recipe.model.imgsz, judge, thresholds)
     return make_golden(subjects, pictures, thresholds, source)
 
