@@ -1,0 +1,83 @@
+"""Sections of a recipe about what is measured, what it must reach, and what is released."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat, model_validator
+
+from qyolo_deploy.recipe.base import Fraction, Positive, Section
+
+LAST_RELEASE = "release"
+PER_CLASS = "per_class."
+_RESAMPLED = ("map50_95", "map50", "map75", "map_small", "map_medium", "map_large")
+
+
+class ValidateSection(Section):
+    """How accuracy and latency are measured."""
+
+    conf: Fraction = 0.001
+    iou: Fraction = 0.6
+    max_det: Positive = 300
+    rect: bool = Field(True, description="Letterbox to multiples of 32 instead of a square")
+    latency_runs: Positive = 50
+    parity_images: Annotated[int, Field(ge=0)] = Field(
+        2, description="Images on which each engine is compared with the fake-quantized model layer by layer"
+    )
+    last_release: str | None = Field(
+        None, description="Folder of the last release, or its report.json, for gates `relative_to: release`"
+    )
+
+    @property
+    def letterbox(self) -> Literal["rect", "square"]:
+        """The letterbox by its usual name."""
+        return "rect" if self.rect else "square"
+
+
+class Gate(Section):
+    """A condition on one number of one view's report, which decides the exit code of a build.
+
+    Attributes:
+        view: The report's name, such as `onnxruntime`.
+        metric: Where the number stands in the report's JSON, such as `map50_95`, `latency_ms.p50`,
+            `size_bytes`, `per_class.person`, `parity.min_sqnr_db`, `parity.differing`. Accuracies are fractions.
+        op: How the value must relate to the bound.
+        bound: In the unit of the metric, or a ratio.
+        relative_to: Another view, or `release` for the same view of the last release; the value is then not the
+            number itself but its relation to the other's.
+        mode: That relation: `difference` (observed - reference) or `ratio` (observed / reference).
+        confidence: The bound must hold for this share of the resampled images (paired bootstrap) rather than on the
+            images as they are; accuracies only. A last release's number counts as exact.
+    """
+
+    view: str
+    metric: str
+    op: Literal[">=", "<=", ">", "<"]
+    bound: FiniteFloat
+    relative_to: str | None = None
+    mode: Literal["difference", "ratio"] = "difference"
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_confidence(self) -> "Gate":
+        if self.confidence is not None and self.metric not in _RESAMPLED and not self.metric.startswith(PER_CLASS):
+            raise ValueError(f"confidence is for {', '.join(_RESAMPLED)} and {PER_CLASS}<name>, not for {self.metric}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> "Gate":
+        if self.relative_to is None and self.mode == "ratio":
+            raise ValueError("mode ratio needs relative_to, the view to compare with")
+        if self.relative_to == self.view:
+            raise ValueError(f"relative_to is {self.view!r}, the view itself")
+        return self
+
+
+class ReleaseSection(Section):
+    """What the manifest says about the release."""
+
+    version: str = "1.0.0"
+    license: str = Field("AGPL-3.0-or-later", description="Licence of the released model")
+    golden_images: Literal["generated", "validation"] = Field(
+        "generated",
+        description="Inputs of the golden vectors: generated scenes, which carry nobody's rights, or images of the "
+        "validation split, which are then passed on with the release",
+    )

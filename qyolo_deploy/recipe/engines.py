@@ -1,0 +1,94 @@
+"""Sections of a recipe about the engines to build."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from qyolo_deploy.recipe.base import Fraction, Positive, Section
+
+TENSORRT_GRAPH = "tensorrt_graph_on_onnxruntime"
+
+
+class BatchSection(Section):
+    """Batch sizes of a TensorRT engine with an open batch: the range that it takes, and the one it is fastest at."""
+
+    min: Positive = 1
+    opt: Positive = 1
+    max: Positive = 1
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> "BatchSection":
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected min <= opt <= max, found {self.min}, {self.opt}, {self.max}")
+        return self
+
+
+class TensorRtSection(Section):
+    """How TensorRT builds an engine; TensorRT-RTX decides all but workspace and batch by itself."""
+
+    fp16: bool = Field(True, description="Half precision for convolutions that stay float")
+    workspace_mib: Positive | None = Field(None, description="Memory that a kernel may use; by default all there is")
+    optimization_level: Annotated[int, Field(ge=0, le=5, description="More tries more kernels and builds longer")] = 3
+    batch: BatchSection = BatchSection()
+    timing_cache: bool = Field(True, description="Keep the timings of kernels beside the engine for the next build")
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = Field(
+        "none", description="Other GPUs that the engine is to run on, at a cost in speed"
+    )
+    version_compatible: bool = Field(False, description="Later minor versions of TensorRT load the engine too")
+    dla_core: Annotated[int, Field(ge=0)] | None = Field(None, description="Core of Jetson's DLA; by default the GPU")
+    gpu_layers: tuple[str, ...] = Field((), description="Globs of layers that run on the GPU although the DLA could")
+
+
+class NmsSection(Section):
+    """Thresholds of the suppression inside the engines; the defaults are those of `validate`."""
+
+    conf: Fraction = Field(0.001, description="Programs want about 0.25, mAP a low one")
+    iou: Fraction = 0.6
+    max_det: Positive = 300
+
+
+class ExportSection(Section):
+    """Engines to build."""
+
+    targets: Annotated[tuple[Literal["onnxruntime", "openvino", "tensorrt"], ...], Field(min_length=1)] = (
+        "onnxruntime",
+        "openvino",
+    )
+    storage: Literal["int8", "int4"] = Field("int8", description="Container of weights of at most 4 bits")
+    dynamic: bool = Field(True, description="Batch and image size open; false fixes 1 x 3 x imgsz x imgsz")
+    head: Literal["decoded", "raw"] = Field(
+        "decoded",
+        description="raw ends the engines at the head maps and leaves decoding to the runner, which does it for "
+        "candidates above the confidence threshold alone; ultralytics reads decoded ones only",
+    )
+    nms: NmsSection | None = Field(
+        None, description="Ends the engines with non-maximum suppression: [N, max_det, 6]; `true` takes the defaults"
+    )
+    tensorrt: TensorRtSection = TensorRtSection()
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the engines' views. A TensorRT engine may not run where it is built: its graph is measured too."""
+        return (*self.targets, *((TENSORRT_GRAPH,) if "tensorrt" in self.targets else ()))
+
+    @field_validator("nms", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """As ultralytics' `nms=True`."""
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _suppresses_decoded(self) -> "ExportSection":
+        if self.nms is not None and self.head == "raw":
+            raise ValueError("nms: expected none with head raw, whose maps the runner decodes and suppresses")
+        return self
+
+    @model_validator(mode="after")
+    def _tensorrt_fits(self) -> "ExportSection":
+        if self.nms is not None and "tensorrt" in self.targets:
+            raise ValueError("nms: expected none for the target tensorrt, whose engines leave suppression to programs")
+        if self.tensorrt.batch != BatchSection() and not self.dynamic:
+            raise ValueError("tensorrt.batch needs dynamic: true, else the batch is 1")
+        if self.tensorrt.gpu_layers and self.tensorrt.dla_core is None:
+            raise ValueError("tensorrt.gpu_layers needs tensorrt.dla_core")
+        return self
