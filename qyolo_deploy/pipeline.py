@@ -14,24 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from qyolo_deploy._version import __version__
-from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, package_versions, sha256_json
+from qyolo_deploy.artifact import Artifact, DigestCache, environment_fingerprint, sha256_json
 from qyolo_deploy.atomic import atomic_path, write_atomic
 from qyolo_deploy.console import Reporter
-from qyolo_deploy.data.calibration import read_calibration_set
-from qyolo_deploy.data.dataset import digest_dataset, find_input, load_dataset
-from qyolo_deploy.data.images import list_images
-from qyolo_deploy.data.synthetic import GENERATOR_VERSION
 from qyolo_deploy.engines.requirements import check_targets
-from qyolo_deploy.engines.tensorrt_runtime import FLAVORS, find_device
 from qyolo_deploy.errors import InputError, IntegrityError, RuntimeMissingError
-from qyolo_deploy.recipe import SYNTHETIC, Recipe
+from qyolo_deploy.recipe import Recipe
 from qyolo_deploy.recipe_file import load_recipe
-from qyolo_deploy.stages.context import BUILTIN, StageContext, StageOutput, builtin_weights
-from qyolo_deploy.validate.last_release import report_of_release
+from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.plan import Plan
 
 _RECORDS = ".stages"
-# Another version of these may give another engine or another number from the same engine.
-_RUNTIMES = ("onnxruntime", "openvino")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _BEFORE_ENGINES = ("data", "float", "train", "correct")
 
@@ -184,7 +177,7 @@ def _build_first(
     device: str,
 ) -> BuildResult:
     """The build itself, which of several processes the first one does."""
-    plan = _Plan(loaded, recipe, data)
+    plan = Plan(loaded, recipe, data)
     if until not in _BEFORE_ENGINES:
         check_targets(loaded.export.targets)
     folder = out / loaded.name
@@ -192,67 +185,12 @@ def _build_first(
         return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share, device).run(until, force)
 
 
-class _Plan:
-    """A recipe with all files that it names found."""
-
-    def __init__(self, recipe: Recipe, path: Path, data: str | Path | None) -> None:
-        self.recipe = recipe
-        source = str(data) if data is not None else recipe.data.source
-        self.source = None if source == SYNTHETIC else find_input(source, path)
-        unlabeled = recipe.data.unlabeled
-        self.unlabeled = None if unlabeled is None else find_input(unlabeled, path, "data.unlabeled")
-        calibration = recipe.data.calibration
-        self.calibration = None if calibration is None else find_input(calibration, path, "data.calibration")
-        release = recipe.validate_.last_release
-        self.release = None if release is None else find_input(release, path, "validate.last_release")
-        weights = recipe.model.weights
-        self.weights: Path | None = None
-        if weights is not None:
-            self.weights = (
-                builtin_weights(weights) if weights.startswith(BUILTIN) else find_input(weights, path, "weights")
-            )
-            if not self.weights.is_file():
-                raise InputError(f"{path}: model.weights: '{weights}' is not a file")
-        architecture = recipe.model.architecture
-        if architecture is not None and architecture.endswith((".yaml", ".yml")):
-            architecture = str(find_input(architecture, path, "architecture"))
-        self.architecture = architecture
-
-    def inputs(self, stage: Stage, sha256: Callable[[Path], str]) -> dict[str, str]:
-        """Digests of the files outside the build that decide a stage."""
-        found: dict[str, str] = {}
-        if stage.name == "data" and self.source is None:
-            found["scenes"] = sha256_json([GENERATOR_VERSION, self.recipe.model.imgsz])
-        elif stage.name == "data" and self.source is not None:
-            for split in ("train", "val"):
-                found[split] = digest_dataset(load_dataset(self.source, split), sha256)
-        if stage.name == "data" and self.unlabeled is not None:
-            images = [[str(path.relative_to(self.unlabeled)), sha256(path)] for path in list_images(self.unlabeled)]
-            found["unlabeled"] = sha256_json(images)
-        if stage.name == "data" and self.calibration is not None:
-            found["calibration"] = read_calibration_set(self.calibration).digest
-        if stage.name == "validate" and self.release is not None:
-            found["last release"] = sha256(report_of_release(self.release))
-        if stage.name == "train":
-            found["inside activations"] = str("onnxruntime" in self.recipe.export.targets)
-        if stage.name == "float" and self.weights is not None:
-            found["weights"] = sha256(self.weights)
-        if stage.name == "float" and self.architecture is not None and Path(self.architecture).is_file():
-            found["architecture"] = sha256(Path(self.architecture))
-        if stage.name in ("export", "validate"):
-            found |= {f"{name} version": version for name, version in package_versions(_RUNTIMES).items()}
-            if "tensorrt" in self.recipe.export.targets:
-                found |= {f"{name} version": version for name, version in package_versions(FLAVORS).items()}
-                found["gpu"] = str(find_device())
-        return found
-
-
 class _Build:
     """One build in its folder."""
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         folder: Path,
         reporter: Reporter,
         digests: DigestCache,
@@ -291,7 +229,7 @@ class _Build:
         return False
 
     def _stage(self, stage: Stage, forced: bool) -> None:
-        inputs = self._plan.inputs(stage, self._digests.sha256)
+        inputs = self._plan.inputs(stage.name, self._digests.sha256)
         inputs |= {name: self._artifacts[name].digest for name in stage.needs}
         key = self._key(stage, inputs)
         if forced:  # else training would be taken up where its checkpoint ends, which is at its end

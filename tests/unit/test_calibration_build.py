@@ -18,6 +18,7 @@ from qyolo_deploy.errors import InputError, IntegrityError
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.stages.calibration import CalibrationChoice, create_calibration_set
 from qyolo_deploy.stages.context import StageContext
+from qyolo_deploy.stages.plan import Plan
 from qyolo_deploy.stages.report_parts import describe_calibration
 
 
@@ -51,7 +52,7 @@ def run(product, *settings):
 
 
 def context_of(product, *settings):
-    plan = pipeline._Plan(load_recipe(product / "mine.yaml", settings), product / "mine.yaml", None)
+    plan = Plan(load_recipe(product / "mine.yaml", settings), product / "mine.yaml", None)
     names = ("recipe", "source", "unlabeled", "calibration", "weights", "architecture")
     known = {name: getattr(plan, name) for name in names}
     return StageContext(**known, folder=product, key="", artifacts={}, reporter=Reporter(quiet=True))
@@ -80,10 +81,10 @@ def test_its_content_decides_and_not_its_format(product):
 
 def test_naming_a_subset_decides_data_and_training(product, tmp_path):
     def keys(*settings):
-        plan = pipeline._Plan(load_recipe(product / "mine.yaml", settings), product / "mine.yaml", None)
+        plan = Plan(load_recipe(product / "mine.yaml", settings), product / "mine.yaml", None)
         digests = DigestCache(tmp_path / "digests.json")
         build = pipeline._Build(plan, tmp_path, Reporter(quiet=True), digests, None)
-        return {stage.name: build._key(stage, plan.inputs(stage, sha256_file)) for stage in pipeline.STAGES}
+        return {stage.name: build._key(stage, plan.inputs(stage.name, sha256_file)) for stage in pipeline.STAGES}
 
     before, after = keys(), keys("data.calibration=null")
     assert {stage for stage in before if before[stage] != after[stage]} == {"data", "train"}

@@ -18,6 +18,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.release.verify import verify_release
+from qyolo_deploy.stages.plan import Plan
 from qyolo_deploy.validate.run import digest_engine
 
 ALL = ("data", "float", "train", "correct", "export", "validate", "release")
@@ -56,9 +57,9 @@ def keys(tmp_path):
     path.write_text(yaml.safe_dump(PLAIN))
 
     def keys(*settings):
-        plan = pipeline._Plan(load_recipe(path, settings), path, None)
+        plan = Plan(load_recipe(path, settings), path, None)
         build = pipeline._Build(plan, tmp_path, Reporter(quiet=True), DigestCache(tmp_path / "digests.json"))
-        return {stage.name: build._key(stage, plan.inputs(stage, sha256_file)) for stage in pipeline.STAGES}
+        return {stage.name: build._key(stage, plan.inputs(stage.name, sha256_file)) for stage in pipeline.STAGES}
 
     return keys
 
