@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -11,7 +11,9 @@ from rich.markup import escape
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.errors import InputError
-from qyolo_deploy.stages.bench_engines_subjects import Subject
+
+if TYPE_CHECKING:
+    from qyolo_deploy.stages.bench_engines_subjects import Subject
 
 app = typer.Typer(help="Measure speed and memory of what takes long, and of engines.", no_args_is_help=True)
 
@@ -142,7 +144,7 @@ def _made(
     peers: bool,
     hints: Sequence[str],
     reporter: Reporter,
-) -> list[Subject]:
+) -> "list[Subject]":
     """Rows of engines that are made of float weights, or were when they were last asked for."""
     from qyolo_deploy.pipeline import build
     from qyolo_deploy.stages.bench_engines_own import own_subjects, write_recipe

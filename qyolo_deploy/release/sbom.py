@@ -26,7 +26,10 @@ RUNNING: Final = (
     *("numpy", "onnxruntime", "openvino", "pycocotools", "faster-coco-eval", "opencv-python", "safetensors"),
     *("pydantic", "typer", "rich", "PyYAML"),
 )
-BUILDING: Final = ("torch", "ultralytics", "onnx", "onnx-ir", "onnxscript", "onnxsim", "jinja2", "cyclonedx-python-lib")
+BUILDING: Final = (
+    *("torch", "ultralytics", "onnx", "onnx-ir", "onnxscript", "onnxsim", "jinja2", "matplotlib"),
+    "cyclonedx-python-lib",
+)
 
 
 def sbom_text(info: ReleaseInfo, files: Mapping[str, Path | bytes]) -> str:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 RUNNER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "qyolo_deploy")
 WORDS = ("--set", "train.batch=4", "--set", "train.epochs=2", "--until", "train", "--json")
 

@@ -11,6 +11,8 @@ from qyolo_deploy.stages.bench_steps import random_batch
 from qyolo_deploy.stages.bench_train import _peer_refusal, bench_table
 from qyolo_deploy.stages.bench_trainee import FLOAT, PEER, QAT, BenchSettings, Trainee, started
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--imgsz", 64, "--batch", 2, "--steps", 1, "--rounds", 2, "--threads", 1)
 
 

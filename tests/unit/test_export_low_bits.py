@@ -148,7 +148,7 @@ def test_openvino_keeps_every_tensor_on_its_grid(static_model, few_bits, images,
     outputs = [helper.make_tensor_value_info(f"{name}.dequantized", TensorProto.FLOAT, None) for name in grids]
     proto.graph.output.extend(outputs)
     engine = openvino_of(ir.from_proto(proto), tmp_path / "engine")
-    found = list(engine._compiled(images[1:, :, :64, :64].numpy()).values())[1:]
+    found = list(engine.outputs(images[1:, :, :64, :64].numpy()).values())[1:]
     ends = {"low": 0, "high": 0}
     for grid, values in zip(grids.values(), found, strict=True):
         low, high = grid.dequantize(np.array([grid.spec.qmin, grid.spec.qmax]))
@@ -160,6 +160,6 @@ def test_openvino_keeps_every_tensor_on_its_grid(static_model, few_bits, images,
 
 def kinds_in_openvino(engine):
     """How often each kernel runs, and whether in integers."""
-    described = [node.get_rt_info() for node in engine._compiled.get_runtime_model().get_ops()]
+    described = [node.get_rt_info() for node in engine._compile().get_runtime_model().get_ops()]
     facts = [{key: info[key].astype(str) for key in ("layerType", "runtimePrecision")} for info in described]
     return Counter((fact["layerType"], fact["runtimePrecision"] in ("u8", "i8")) for fact in facts)

@@ -117,6 +117,7 @@ def test_a_second_build_runs_nothing_and_does_not_import_torch(tiny_copy, qyolo)
     assert content_of(tiny_copy.folder) == before
 
 
+@pytest.mark.slow
 def test_gates_compare_with_the_last_release_at_a_confidence(tiny_copy, tmp_path):
     last = tmp_path / "last"
     last.mkdir()
