@@ -15,6 +15,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.saturation import Method, container_of, low_bit_activations, shift_to_top
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
+from qyolo_deploy.quant.spec import QuantSpec
 
 Clipping = Literal["codes", "values"]
 
@@ -57,7 +58,7 @@ def insert_qdq(
         bias = None if float_biases is None else float_biases[name]
         _quantize_layer(graph_model.graph, name, layer, quantized, storage, bias)
     for name in {key.rpartition(".")[0] for key in quantized.float_tensors}:
-        _set_float_layer(graph_model.graph, name, quantized)
+        set_float_layer(graph_model.graph, name, quantized)
     for name, qparams in quantized.activations.items():
         if name not in leave_out:
             _quantize_value(graph_model.graph, _value(graph_model.graph, name), qparams)
@@ -113,20 +114,22 @@ def _conv_of(graph: ir.Graph, name: str) -> ir.Node:
     return node
 
 
-def _constant(graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
+def constant(graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
+    """Adds an initializer; 4-bit data need their type told."""
     tensor = ir.Tensor(data, name=name) if dtype is None else ir.Tensor(data, dtype=dtype, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 
 
-def _add_node(
+def add_node(
     graph: ir.Graph,
     op_type: str,
     inputs: list[ir.Value],
     output: str,
     attributes: dict[str, int] | None = None,
 ) -> ir.Value:
+    """Adds an operator with one output of this name, which it returns."""
     node = ir.node(op_type, inputs, attributes or {}, outputs=[ir.Value(name=output)], name=f"{op_type}:{output}")
     graph.append(node)
     return node.outputs[0]
@@ -141,30 +144,30 @@ def _quantize_layer(
     float_bias: NDArray[np.float32] | None,
 ) -> None:
     """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias or a float one."""
-    scale = _constant(graph, f"{name}.weight_scale", layer.qparams.scale)
+    scale = constant(graph, f"{name}.weight_scale", layer.qparams.scale)
     weight = _stored_weight(graph, name, layer, storage)
-    dequantized = _add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
+    dequantized = add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
     if float_bias is not None:
-        _set_constants(graph, name, dequantized, _constant(graph, f"{name}.bias_float", float_bias))
+        set_constants(graph, name, dequantized, constant(graph, f"{name}.bias_float", float_bias))
         return
-    bias = _constant(graph, f"{name}.bias_quantized", layer.bias)
-    bias_scale = _constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
-    _set_constants(
+    bias = constant(graph, f"{name}.bias_quantized", layer.bias)
+    bias_scale = constant(graph, f"{name}.bias_scale", quantized.bias_scale(name))
+    set_constants(
         graph,
         name,
         dequantized,
-        _add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0}),
+        add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0}),
     )
 
 
-def _set_float_layer(graph: ir.Graph, name: str, quantized: QuantizedModel) -> None:
+def set_float_layer(graph: ir.Graph, name: str, quantized: QuantizedModel) -> None:
     """Weights of a layer that stays float, as training left them."""
-    weight = _constant(graph, f"{name}.weight_trained", quantized.float_tensors[f"{name}.weight"])
-    bias = _constant(graph, f"{name}.bias_trained", quantized.float_tensors[f"{name}.bias"])
-    _set_constants(graph, name, weight, bias)
+    weight = constant(graph, f"{name}.weight_trained", quantized.float_tensors[f"{name}.weight"])
+    bias = constant(graph, f"{name}.bias_trained", quantized.float_tensors[f"{name}.bias"])
+    set_constants(graph, name, weight, bias)
 
 
-def _set_constants(graph: ir.Graph, name: str, weight: ir.Value, bias: ir.Value) -> None:
+def set_constants(graph: ir.Graph, name: str, weight: ir.Value, bias: ir.Value) -> None:
     """Gives a convolution other weights and biases, and drops those that nothing reads any more."""
     conv = _conv_of(graph, name)
     old = [value for value in conv.inputs[1:] if value is not None]
@@ -176,15 +179,18 @@ def _set_constants(graph: ir.Graph, name: str, weight: ir.Value, bias: ir.Value)
             graph.initializers.pop(value.name, None)
 
 
+def fits_int4(spec: QuantSpec) -> bool:
+    """Whether 4-bit integers hold all codes of a grid."""
+    return spec.qmin >= _INT4_LIMITS[0] and spec.qmax <= _INT4_LIMITS[1]
+
+
 def _stored_weight(graph: ir.Graph, name: str, layer: QuantizedLayer, storage: str) -> ir.Value:
-    spec = layer.qparams.spec
-    fits = spec.qmin >= _INT4_LIMITS[0] and spec.qmax <= _INT4_LIMITS[1]
-    if storage == "int8" or not fits:
-        return _constant(graph, f"{name}.weight_quantized", layer.weight)
+    if storage == "int8" or not fits_int4(layer.qparams.spec):
+        return constant(graph, f"{name}.weight_quantized", layer.weight)
     data = layer.weight.astype(ir.DataType.INT4.numpy())
-    packed = _constant(graph, f"{name}.weight_quantized", data, ir.DataType.INT4)
+    packed = constant(graph, f"{name}.weight_quantized", data, ir.DataType.INT4)
     # ONNX Runtime folds this cast at load and then runs its int8 kernel; without it the convolution runs in float.
-    return _add_node(graph, "Cast", [packed], f"{name}.weight_int8", {"to": int(ir.DataType.INT8)})
+    return add_node(graph, "Cast", [packed], f"{name}.weight_int8", {"to": int(ir.DataType.INT8)})
 
 
 def _quantize_value(graph: ir.Graph, value: ir.Value, qparams: QParams) -> None:
@@ -194,16 +200,16 @@ def _quantize_value(graph: ir.Graph, value: ir.Value, qparams: QParams) -> None:
     one zero point and a runtime goes on joining and pooling their integers.
     """
     name, spec = value.name, qparams.spec
-    scale = _constant(graph, f"{name}.scale", qparams.scale)
+    scale = constant(graph, f"{name}.scale", qparams.scale)
     moved = (qparams.zero_point + shift_to_top(spec)).astype(container_of(spec))
-    zero_point = _constant(graph, f"{name}.zero_point", moved)
+    zero_point = constant(graph, f"{name}.zero_point", moved)
     _insert_pair(graph, value, scale, zero_point)
 
 
 def _insert_pair(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Value) -> None:
     readers = list(value.uses())
-    quantized = _add_node(graph, "QuantizeLinear", [value, scale, zero_point], f"{value.name}.quantized")
-    result = _add_node(graph, "DequantizeLinear", [quantized, scale, zero_point], f"{value.name}.dequantized")
+    quantized = add_node(graph, "QuantizeLinear", [value, scale, zero_point], f"{value.name}.quantized")
+    result = add_node(graph, "DequantizeLinear", [quantized, scale, zero_point], f"{value.name}.dequantized")
     for use in readers:
         use.node.replace_input_with(use.idx, result)
 
@@ -234,8 +240,8 @@ def clip_values(graph: ir.Graph, name: str, qparams: QParams) -> None:
     value = _value(graph, name)
     readers = list(value.uses())
     low, high = qparams.dequantize(np.array([qparams.spec.qmin, qparams.spec.qmax]))
-    ends = [_constant(graph, f"{name}.{key}", np.asarray(end)) for key, end in (("low", low), ("high", high))]
-    clipped = _add_node(graph, "Clip", [value, *ends], f"{name}.clipped")
+    ends = [constant(graph, f"{name}.{key}", np.asarray(end)) for key, end in (("low", low), ("high", high))]
+    clipped = add_node(graph, "Clip", [value, *ends], f"{name}.clipped")
     for use in readers:
         use.node.replace_input_with(use.idx, clipped)
 
@@ -244,8 +250,8 @@ def _clip_codes(graph: ir.Graph, name: str, qparams: QParams, lowest: int) -> No
     """Clips a tensor after it is rounded, at one of the grid's codes."""
     spec, codes = qparams.spec, _value(graph, f"{name}.quantized")
     readers = list(codes.uses())
-    low = _constant(graph, f"{name}.low", np.asarray(lowest + shift_to_top(spec), container_of(spec)))
-    clipped = _add_node(graph, "Clip", [codes, low], f"{name}.clipped")
+    low = constant(graph, f"{name}.low", np.asarray(lowest + shift_to_top(spec), container_of(spec)))
+    clipped = add_node(graph, "Clip", [codes, low], f"{name}.clipped")
     for use in readers:
         use.node.replace_input_with(use.idx, clipped)
 

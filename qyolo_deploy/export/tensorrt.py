@@ -77,7 +77,7 @@ def tensorrt_dialect(
     grids = {name: to_symmetric(grid) for name, grid in rounded.items()}
     grids |= {name: QParams.of(_INT8, rounded[name].scale) for name in shifts}
     symmetric = _on_grids(quantized, grids)
-    result = insert_qdq(model, symmetric, clip="values", float_biases=_biases(quantized, shifts))
+    result = insert_qdq(model, symmetric, clip="values", float_biases=float_biases(quantized, shifts))
     sources = _sources(model, grids)
     clipped = [name for name in quantized.activations if name in left_out and name in quantized.layers]
     clipped += _clipped(model, {name: grid for name, grid in rounded.items() if name not in shifts})
@@ -140,20 +140,22 @@ def _coarser(quantized: QuantizedModel, grids: Mapping[str, QParams]) -> dict[st
     return {name: ratio for name, ratio in ratios.items() if ratio != 1}
 
 
-def _biases(quantized: QuantizedModel, shifts: Mapping[str, float]) -> dict[str, NDArray[np.float32]]:
-    """Float biases; those of layers that read shifted values add what the shift takes away."""
+def float_biases(
+    quantized: QuantizedModel, shifts: Mapping[str, float] | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Biases of all layers, float32 `[C_out]`; of those that read shifted values with what the shift takes away."""
     biases = {}
     for name, layer in quantized.layers.items():
         bias = layer.bias * quantized.bias_scale(name).astype(np.float64)
         sums = layer.weight.sum(axis=(1, 2, 3), dtype=np.int64) * layer.qparams.scale.astype(np.float64)
-        biases[name] = (bias + shifts.get(layer.input, 0.0) * sums).astype(np.float32)
+        biases[name] = (bias + (shifts or {}).get(layer.input, 0.0) * sums).astype(np.float32)
     return biases
 
 
 def _on_grids(quantized: QuantizedModel, grids: Mapping[str, QParams]) -> QuantizedModel:
     """The model with these grids alone; layers whose input has none become float."""
     layers = {name: layer for name, layer in quantized.layers.items() if layer.input in grids}
-    floats, biases = dict(quantized.float_tensors), _biases(quantized, {})
+    floats, biases = dict(quantized.float_tensors), float_biases(quantized)
     for name, layer in quantized.layers.items():
         if name not in layers:
             floats[f"{name}.weight"] = layer.qparams.dequantize(layer.weight)

@@ -89,6 +89,8 @@ def compute_in_half(graph: ir.Graph, layers: Iterable[str]) -> None:
 
 def _half(graph: ir.Graph, name: str, index: int, value: ir.Value) -> ir.Value:
     """A value in half precision; a constant as such, so that it takes half the room."""
+    if value.type is not None and value.type.dtype == ir.DataType.FLOAT16:
+        return value
     if value.const_value is None:
         return _cast(graph, value, f"{name}.half", ir.DataType.FLOAT16)
     data = value.const_value.numpy().astype(np.float16)

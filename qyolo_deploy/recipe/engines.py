@@ -26,6 +26,10 @@ class BatchSection(Section):
 class TensorRtSection(Section):
     """How TensorRT builds an engine; TensorRT-RTX decides all but workspace and batch by itself."""
 
+    activations: Literal["int8", "float"] = Field(
+        "int8",
+        description="float rounds weights alone and stores those of at most 4 bits as INT4: smaller, in float kernels",
+    )
     fp16: bool = Field(True, description="Half precision for convolutions that stay float")
     workspace_mib: Positive | None = Field(None, description="Memory that a kernel may use; by default all there is")
     optimization_level: Annotated[int, Field(ge=0, le=5, description="More tries more kernels and builds longer")] = 3

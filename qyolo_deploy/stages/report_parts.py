@@ -86,7 +86,8 @@ def describe_making(context: StageContext) -> dict[str, Any]:
     section = context.recipe.validate_
     options = f"--imgsz {context.recipe.model.imgsz} --conf {section.conf:g} --iou {section.iou:g}"
     where = "data" if context.source is None else shlex.quote(data)
-    engines = [context.artifacts["export"].info["engines"][target] for target in context.recipe.export.targets]
+    built = context.artifacts["export"].info["engines"]
+    engines = [built[target] for target in context.recipe.export.targets if target in built]
     commands = [
         ("Install", f'pip install "qyolo_deploy[build]=={__version__}"'),
         ("Build", f"qyolo build {recipe}"),

@@ -15,6 +15,7 @@ from qyolo_deploy.engines.tensorrt_runtime import find_device, import_tensorrt
 from qyolo_deploy.engines.tensorrt_spec import SPEC_NAME, TRTEXEC_NAME, BuildSpec, profile, trtexec_lines
 from qyolo_deploy.errors import RuntimeMissingError
 from qyolo_deploy.export.tensorrt import Dialect, tensorrt_dialect
+from qyolo_deploy.export.tensorrt_weights import weight_only_dialect
 from qyolo_deploy.graph.trace import INPUT
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.recipe import TENSORRT_GRAPH
@@ -59,8 +60,11 @@ def export_tensorrt(
     """
     folder = context.folder / "engines" / "tensorrt"
     options = context.recipe.export.tensorrt
-    dialect = tensorrt_dialect(model, quantized, inner, options.fp16)
     name = f"{context.stem}_{quantized.scheme}"
+    if options.activations == "float":
+        dialect, name = weight_only_dialect(model, quantized, options.fp16), f"{name}_weights"
+    else:
+        dialect = tensorrt_dialect(model, quantized, inner, options.fp16)
     onnx = folder / f"{name}.onnx"
     with atomic_path(onnx) as temporary:
         ir.save(dialect.model, temporary)
@@ -132,6 +136,8 @@ def tensorrt_notes(info: dict[str, Any]) -> list[str]:
     notes = [f"TensorRT engine: {info['status']} ({info['reason']})."]
     if info.get("weights_bytes"):
         notes.append(f"TensorRT engine: weights take {info['weights_bytes'] / 1e6:.2f} MB.")
+    if not info["tensors"]:
+        notes.append("TensorRT: weights alone are rounded, activations are float.")
     if coarser := info["coarser"]:
         worst = max(coarser.values())
         notes.append(

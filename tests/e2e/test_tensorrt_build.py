@@ -58,7 +58,7 @@ def test_without_tensorrt_all_is_written_for_a_device_and_no_number_is_made_up(f
     assert tiny.report["not_run"] == [missing]
     assert any(note.startswith("TensorRT engine: not built") for note in tiny.report["quantization"]["notes"])
     assert any("do not fit int8 without a zero point" in note for note in tiny.report["quantization"]["notes"])
-    assert "TensorRT: not built" in (tiny.folder / "report.html").read_text(encoding="utf-8")
+    assert "TensorRT (not built)" in (tiny.folder / "report.html").read_text(encoding="utf-8")
     written = {path.name for path in (tiny.folder / "engines" / "tensorrt").iterdir()}
     assert written == {f"{NAME}.onnx", "build.json", "trtexec.txt"}
 
@@ -69,6 +69,18 @@ def test_the_release_holds_what_a_device_needs(finished):
     inside = {file.path for file in verified.manifest.files}
     assert {f"engines/tensorrt/{name}" for name in (f"{NAME}.onnx", "build.json", "trtexec.txt")} <= inside
     assert {engine.view for engine in verified.manifest.engines} == {"float", "onnxruntime", GRAPH}
+
+
+def test_weights_alone_are_rounded_where_the_recipe_says_so(finished, tmp_path, monkeypatch):
+    tiny, before = finished
+    tiny = replace(tiny, out=shutil.copytree(tiny.out, tmp_path / "out"))
+    hide(monkeypatch, "tensorrt", "tensorrt_rtx")
+    result = build(tiny, gates(GRAPH), "export.tensorrt.activations=float")
+    sizes = [views[-1]["size_bytes"] for views in (before.views, result.views)]
+    assert result.views[-1]["name"] == GRAPH and sizes[1] < sizes[0]
+    assert "TensorRT: weights alone are rounded, activations are float." in tiny.report["quantization"]["notes"]
+    written = {path.name for path in (tiny.folder / "release" / "engines" / "tensorrt").iterdir()}
+    assert written == {f"{NAME}_weights.onnx", "build.json", "trtexec.txt"}
 
 
 def test_a_gate_on_an_engine_that_was_not_run_fails(finished, monkeypatch):
