@@ -34,6 +34,7 @@ def everything(tiny_build, qyolo, tmp_path_factory):
     return build(tiny_build, qyolo, tmp_path_factory.mktemp("everything"), *EVERYTHING)
 
 
+@pytest.mark.slow
 def test_every_method_together_trains_a_model_that_the_engines_hold(everything):
     folder, report = everything
     first, *_ = report["training"]["epochs"]
@@ -70,6 +71,7 @@ CONTRAST = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_report_opens_whole_in_a_browser(everything, chromium, width, scheme):
@@ -88,6 +90,7 @@ def test_the_report_opens_whole_in_a_browser(everything, chromium, width, scheme
     assert chromium.evaluate("document.documentElement.scrollWidth") == width
 
 
+@pytest.mark.slow
 def test_numbers_of_the_page_are_those_of_the_report(everything, chromium):
     folder, report = everything
     chromium.open(folder / "report.html", 1280)
@@ -117,6 +120,7 @@ def test_numbers_of_the_page_are_those_of_the_report(everything, chromium):
     assert all(digest in text for digest in report["reproduce"]["digests"].values())
 
 
+@pytest.mark.slow
 def test_the_report_is_small(everything):
     folder, report = everything
     assert (folder / "report.html").stat().st_size < 3e6

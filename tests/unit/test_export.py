@@ -275,6 +275,7 @@ ir.save(insert_qdq(model, quantized), sys.argv[4])
 """
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(static_model, quantized, pico, repository, tmp_path):
     files = [str(tmp_path / name) for name in ("model.safetensors", "float.safetensors", "float.onnx", "qdq.onnx")]
     quantized.save(tmp_path / "model.safetensors")

@@ -183,6 +183,7 @@ def small_matrix(tiny_build, tmp_path_factory):
     return file, folder / "out"
 
 
+@pytest.mark.slow
 def test_a_matrix_trains_once_what_cells_share_and_records_failures(small_matrix):
     file, out = small_matrix
     result = run_matrix(file, out=out)

@@ -143,6 +143,7 @@ def test_gates_compare_with_the_last_release_at_a_confidence(tiny_copy, tmp_path
     assert result.gates[0]["missed_by"] == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_a_changed_section_reruns_what_it_decides_and_no_more(tiny_copy):
     result = rebuild(tiny_copy, "validate.latency_runs=2")
     assert result.ran == ("validate", "release")
@@ -154,6 +155,7 @@ def test_a_changed_section_reruns_what_it_decides_and_no_more(tiny_copy):
     assert result.ran == ("data", "float")
 
 
+@pytest.mark.slow
 def test_lost_and_altered_files_are_made_again_as_they_were(tiny_copy, qyolo):
     folder = tiny_copy.folder
     before = content_of(folder)
