@@ -60,6 +60,13 @@ def test_the_accuracy_in_the_container_is_that_outside(contained, qyolo, tiny_bu
     assert found["images"] == 12
 
 
+def test_a_release_has_its_accuracy_in_the_container(contained, tiny_build):
+    folders = {name: tiny_build.folder / name for name in ("release", "data")}
+    found = last_json(contained("qyolo", "validate", "release", "--data", "data", "--json", **folders))
+    assert found["released"] == {key: found[key] for key in ("map50_95", "map50", "map75")}
+    assert found["same_data"]
+
+
 def test_the_exit_code_tells_the_health_of_a_release(contained, tiny_copy):
     release = tiny_copy.folder / "release"
     assert contained("qyolo", "verify", "release", release=release).returncode == 0
