@@ -42,7 +42,7 @@ ENV PATH=/opt/qyolo/bin:/usr/local/bin:/usr/bin:/bin \
     TRITON_CACHE_DIR=/tmp/triton \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
-WORKDIR /work
+WORKDIR /srv
 # As the first process of a container, Python hears SIGTERM only if it asks to; qyolo asks for SIGINT.
 STOPSIGNAL SIGINT
 ENTRYPOINT ["qyolo"]

@@ -41,7 +41,7 @@ ENV PATH=/opt/qyolo/bin:${PATH} \
     CUDA_CACHE_PATH=/tmp/cuda \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
-WORKDIR /work
+WORKDIR /srv
 STOPSIGNAL SIGINT
 USER 10001:10001
 # The base's own entry point prints a banner to stdout, where `--json` puts its object.

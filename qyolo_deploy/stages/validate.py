@@ -99,7 +99,7 @@ def run(context: StageContext) -> StageOutput:
     results = check_gates(recipe.gates, reports, resampled, last)
     report = _compose(context, reports, results)
     report["parity"] = shorten_numbers({view: told.to_json() for view, told in parity.items()})
-    report["precision_recall"] = precision_recall(dataset, found)
+    report["precision_recall"] = precision_recall({view: sample.classes for view, sample in resampled.items()})
     report["images"] = describe_images(dataset, found)
     files = [context.folder / "report.json", context.folder / "report.html"]
     write_atomic(files[0], to_text(report))

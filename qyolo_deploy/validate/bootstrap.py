@@ -52,7 +52,7 @@ class Bootstrap:
     def __init__(
         self, classes: dict[str, ClassMatches], images: int, resamples: int = RESAMPLES, seed: int = 0
     ) -> None:
-        self._classes, self._images = classes, images
+        self.classes, self._images = classes, images
         self._resamples, self._seed = resamples, seed
         self._known: dict[str, Float64] = {}
 
@@ -61,16 +61,16 @@ class Bootstrap:
         if metric.startswith(PER_CLASS):
             names = [metric.removeprefix(PER_CLASS)]
         elif metric in METRICS:
-            names = list(self._classes)
+            names = list(self.classes)
         else:
             return None
-        if any(name not in self._classes for name in names):
+        if any(name not in self.classes for name in names):
             return None
         if metric not in self._known:
             area, thresholds = METRICS.get(metric, METRICS["map50_95"])
             rng = np.random.default_rng(self._seed)
             draws = rng.multinomial(self._images, np.full(self._images, 1 / self._images), self._resamples)
-            chosen = [self._classes[name] for name in names]
+            chosen = [self.classes[name] for name in names]
             self._known[metric] = mean_precision(chosen, draws.astype(np.int32), area, thresholds)
         return self._known[metric]
 

@@ -37,7 +37,7 @@ def contained(image):
     """Function that runs a command in the image, without a network, with volumes that it cannot change."""
 
     def run(*command, **volumes):
-        mounts = [word for name, folder in volumes.items() for word in ("-v", f"{folder}:/work/{name}:ro")]
+        mounts = [word for name, folder in volumes.items() for word in ("-v", f"{folder}:/srv/{name}:ro")]
         line = ["unshare", "--net", PROGRAM, "run", image, *mounts, "--", *command]
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
@@ -98,7 +98,7 @@ def test_nothing_but_temporary_folders_can_be_written(contained):
 @pytest.mark.parametrize("engine", ["onnx", "openvino"])
 def test_validating_leaves_nothing_behind(contained, tiny_build, engine):
     engine = getattr(tiny_build, engine).relative_to(tiny_build.folder)
-    find = "find /tmp /var/tmp /work -user 10001 -type f -print"
+    find = "find /tmp /var/tmp /srv -user 10001 -type f -print"
     process = contained(
         "sh", "-c", f"qyolo validate runs/{engine} --data runs/data --quiet && {find}", runs=tiny_build.folder
     )

@@ -83,7 +83,7 @@ def test_services_are_locked_down(folder, service):
     assert found["tmpfs"][0].startswith("/tmp:")
     assert found["build"]["target"] == service
     writable = [volume["target"] for volume in found["volumes"] if not volume.get("read_only")]
-    assert writable == (["/work/runs"] if service == "build" else [])
+    assert writable == (["/srv/runs"] if service == "build" else [])
 
 
 def test_only_what_an_image_is_made_of_is_sent_to_the_builder(repository):

@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from qyolo_deploy.data.records import DetectionDataset, ImageRecord
+from qyolo_deploy.validate.bootstrap import bootstrap
 from qyolo_deploy.validate.curves import precision_recall
 from qyolo_deploy.validate.image_scores import match_images, worst_losses
 from qyolo_deploy.validate.results import ResultTable
@@ -104,15 +105,21 @@ def noisy():
     return make_dataset(annotations, images=40), found
 
 
+def pycocotools_run(dataset, found):
+    """The reference's evaluation, before it is run."""
+    truth = COCO()
+    annotations = [{**a, "id": a["id"] + 1} for a in dataset.ground_truth["annotations"]]
+    truth.dataset = {**dataset.ground_truth, "annotations": annotations}
+    truth.createIndex()
+    return COCOeval(truth, truth.loadRes([dict(result) for result in found]), "bbox")
+
+
 def test_curves_are_those_of_pycocotools(noisy):
     dataset, found = noisy
-    curves = precision_recall(dataset, {"float": ResultTable.from_coco(found), "nothing": ResultTable.from_coco([])})
+    views = {"float": ResultTable.from_coco(found), "nothing": ResultTable.from_coco([])}
+    curves = precision_recall({view: bootstrap(dataset, results).classes for view, results in views.items()})
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        annotations = [{**a, "id": a["id"] + 1} for a in dataset.ground_truth["annotations"]]
-        truth.dataset = {**dataset.ground_truth, "annotations": annotations}
-        truth.createIndex()
-        run = COCOeval(truth, truth.loadRes([dict(result) for result in found]), "bbox")
+        run = pycocotools_run(dataset, found)
         run.evaluate()
         run.accumulate()
     reference = run.eval["precision"][0, ::2, :, 0, 2]  # IoU 0.5, every second recall, all sizes, 100 detections
@@ -128,11 +135,7 @@ def test_matches_agree_with_pycocotools(noisy):
     dataset, found = noisy
     matches = match_images(dataset, ResultTable.from_coco(found), conf=0.0)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        annotations = [{**a, "id": a["id"] + 1} for a in dataset.ground_truth["annotations"]]
-        truth.dataset = {**dataset.ground_truth, "annotations": annotations}
-        truth.createIndex()
-        run = COCOeval(truth, truth.loadRes([dict(result) for result in found]), "bbox")
+        run = pycocotools_run(dataset, found)
         run.params.iouThrs = np.array([0.5])
         run.evaluate()
     expected = dict.fromkeys(range(1, 41), (0, 0))
