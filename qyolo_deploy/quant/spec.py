@@ -9,6 +9,9 @@ from qyolo_deploy.errors import InputError
 
 Granularity = Literal["per_tensor", "per_channel"]
 
+REDUCED_BITS = 7
+"""Of weights whose products with uint8 never saturate: two of them, at most 2 * 255 * 64, fit into 16 bits."""
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -78,6 +81,7 @@ class QuantScheme:
         overrides: Glob over layer names -> bits of weights and inputs; the last match wins.
         keep_float: Globs over layer names that are not quantized at all.
         offset: Whether unsigned activations have a learned offset (LSQ+); without one values below 0 are lost.
+        reduce_range: Whether 8-bit weights use 7 bits, as x86 processors without VNNI need it.
     """
 
     weights: QuantSpec
@@ -86,6 +90,7 @@ class QuantScheme:
     overrides: Mapping[str, LayerScheme] = field(default_factory=dict)
     keep_float: Sequence[str] = ()
     offset: bool = True
+    reduce_range: bool = False
 
     @property
     def label(self) -> str:
@@ -123,4 +128,6 @@ class QuantScheme:
         for glob, scheme in self.overrides.items():
             if fnmatchcase(name, glob):
                 chosen = scheme
+        if self.reduce_range and chosen.weight_bits is not None:
+            return LayerScheme(min(chosen.weight_bits, REDUCED_BITS), chosen.activation_bits)
         return chosen

@@ -56,6 +56,11 @@ class WeightsSection(Section):
     bits: Bits = 8
     granularity: Granularity = "per_tensor"
     narrow_range: bool = Field(False, description="Leave out the lowest level, so that the grid is symmetric")
+    reduce_range: bool = Field(
+        False,
+        description="Let 8-bit weights use 7 bits: x86 processors without VNNI add two products with uint8 in 16 bits, "
+        "which saturate with larger ones",
+    )
 
 
 class ActivationsSection(Section):
@@ -104,4 +109,5 @@ class QuantizationSection(Section):
             first_last_bits=self.first_last_bits,
             overrides={glob: LayerScheme(entry.weights, entry.activations) for glob, entry in self.overrides.items()},
             keep_float=self.keep_float,
+            reduce_range=weights.reduce_range,
         )

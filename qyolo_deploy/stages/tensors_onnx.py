@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
+from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner, session_options
 from qyolo_deploy.stages.tensors import Tensors, Watch, intact_db, is_module
 from qyolo_deploy.validate.parity import EXACT_DB, Grid
 
@@ -107,10 +107,8 @@ class OnnxTensors:
             kind = self._initializers[self._rounded[name].input[2]].data_type if is_codes else onnx.TensorProto.FLOAT
             if inner not in present:
                 model.graph.output.append(onnx.helper.make_tensor_value_info(inner, kind, None))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         data = model.SerializeToString()
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
 
 
 def _rounded_name(dequantized: str) -> str | None:

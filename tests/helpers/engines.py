@@ -7,6 +7,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
+from qyolo_deploy.engines.onnxruntime import session_options
 from qyolo_deploy.export.saturation import shift_to_top
 from qyolo_deploy.graph.simulate import FixedQuantizer, IntegerAdd, IntegerConv, IntegerMul, IntegerSigmoid
 
@@ -22,8 +23,7 @@ def to_bytes(model):
 
 
 def session_of(model, path=None):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = session_options()
     if path is not None:
         options.optimized_model_filepath = str(path)
     data = model if isinstance(model, bytes) else to_bytes(model)
