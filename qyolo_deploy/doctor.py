@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from qyolo_deploy._version import __version__
-from qyolo_deploy.artifact import cpu_abilities
+from qyolo_deploy.artifact import cpu_abilities, saturates_products
 from qyolo_deploy.engines.requirements import MINIMUM, version_numbers
 from qyolo_deploy.engines.tensorrt_runtime import Flavor, find_device, import_tensorrt
 from qyolo_deploy.errors import RuntimeMissingError
@@ -59,8 +59,10 @@ def _python() -> Finding:
 
 
 def _cpu() -> Finding:
-    abilities = cpu_abilities()
-    return Finding("cpu", "ok", "", ", ".join(abilities) or "abilities unknown", "", "int8 speed")
+    told = ", ".join(cpu_abilities()) or "abilities unknown"
+    if saturates_products():
+        told += "; no VNNI: 8-bit weights saturate unless quantization.weights.reduce_range is on"
+    return Finding("cpu", "ok", "", told, "", "int8 speed")
 
 
 def _package(entry: _Package) -> Finding:

@@ -55,14 +55,14 @@ STAGES = (
     Stage("correct", 3, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
-        5,
+        6,
         "export",
         ("name", "description", "model", "export", "release"),
         ("float", "train", "correct"),
     ),
     Stage(
         "validate",
-        9,
+        10,
         "validate",
         ("name", "model", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),

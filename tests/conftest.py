@@ -173,11 +173,15 @@ def train_scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_scheme():
-    """Function from bits of the weights and other arguments of `QuantScheme` to a scheme."""
+    """Function from bits of weights and activations and other arguments of `QuantScheme` to a scheme.
+
+    As recipes do unless told otherwise, it keeps to weights that all processors add up without saturating.
+    """
     from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
-    def make(bits=4, **others):
-        return QuantScheme(QuantSpec(bits), QuantSpec(8, signed=False), **others)
+    def make(bits=4, activations=8, **others):
+        grids = QuantSpec(bits), QuantSpec(activations, signed=False)
+        return QuantScheme(*grids, **{"reduce_range": True} | others)
 
     return make
 

@@ -145,8 +145,7 @@ def _quantize_layer(
 ) -> None:
     """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias or a float one."""
     scale = constant(graph, f"{name}.weight_scale", layer.qparams.scale)
-    weight = _stored_weight(graph, name, layer, storage)
-    dequantized = add_node(graph, "DequantizeLinear", [weight, scale], f"{name}.weight_dequantized", {"axis": 0})
+    dequantized = dequantize_weight(graph, name, _stored_weight(graph, name, layer, storage), scale)
     if float_bias is not None:
         set_constants(graph, name, dequantized, constant(graph, f"{name}.bias_float", float_bias))
         return
@@ -158,6 +157,17 @@ def _quantize_layer(
         dequantized,
         add_node(graph, "DequantizeLinear", [bias, bias_scale], f"{name}.bias_dequantized", {"axis": 0}),
     )
+
+
+def dequantize_weight(graph: ir.Graph, name: str, integers: ir.Value, scale: ir.Value) -> ir.Value:
+    """The weights of a layer behind DequantizeLinear, with their zero points written out.
+
+    ONNX Runtime may change int8 weights to uint8 where a processor lacks VNNI, and where such weights have no zero
+    points and the convolution stays float it adds a single one, which it then refuses (1.32).
+    """
+    assert scale.shape is not None
+    zeros = constant(graph, f"{name}.weight_zero_point", np.zeros(tuple(scale.shape), np.int8))
+    return add_node(graph, "DequantizeLinear", [integers, scale, zeros], f"{name}.weight_dequantized", {"axis": 0})
 
 
 def set_float_layer(graph: ir.Graph, name: str, quantized: QuantizedModel) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qyolo_deploy.export.qdq import add_node, constant, fits_int4, set_constants, set_float_layer
+from qyolo_deploy.export.qdq import add_node, constant, dequantize_weight, fits_int4, set_constants, set_float_layer
 from qyolo_deploy.export.tensorrt import Dialect, float_biases
 from qyolo_deploy.export.tensorrt_passes import compute_in_half
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
@@ -46,8 +46,8 @@ def _weight(graph: ir.Graph, name: str, layer: QuantizedLayer, fp16: bool) -> ir
     if fits_int4(layer.qparams.spec):
         integers = layer.weight.astype(ir.DataType.INT4.numpy())
         packed = constant(graph, f"{name}.weight_quantized", integers, ir.DataType.INT4)
+        weight = add_node(graph, "DequantizeLinear", [packed, scale], f"{name}.weight_dequantized", {"axis": 0})
     else:
-        packed = constant(graph, f"{name}.weight_quantized", layer.weight)
-    weight = add_node(graph, "DequantizeLinear", [packed, scale], f"{name}.weight_dequantized", {"axis": 0})
+        weight = dequantize_weight(graph, name, constant(graph, f"{name}.weight_quantized", layer.weight), scale)
     weight.type = ir.TensorType(kind)
     return weight

@@ -14,7 +14,7 @@ from safetensors.numpy import save
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.quant.qparams import QParams
-from qyolo_deploy.quant.spec import QuantSpec
+from qyolo_deploy.quant.spec import REDUCED_BITS, QuantSpec
 
 FORMAT_VERSION = 1
 _INT32_LIMIT = 2**31 - 1
@@ -80,6 +80,12 @@ class QuantizedModel:
         """Scale of a layer's int32 bias: input scale times weight scale, float32 `[C_out]`."""
         entry = self.layers[layer]
         return self.activations[entry.input].scale * entry.qparams.scale
+
+    @property
+    def wide_layers(self) -> tuple[str, ...]:
+        """Layers whose weights are too large for processors that add two products with uint8 in 16 bits."""
+        limit = 1 << (REDUCED_BITS - 1)
+        return tuple(name for name, layer in self.layers.items() if np.abs(layer.weight.astype(np.int16)).max() > limit)
 
     def save(self, path: Path) -> None:
         """Writes safetensors with all non-tensor data as JSON under one key, byte for byte reproducible."""

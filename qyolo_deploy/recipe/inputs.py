@@ -57,9 +57,9 @@ class WeightsSection(Section):
     granularity: Granularity = "per_tensor"
     narrow_range: bool = Field(False, description="Leave out the lowest level, so that the grid is symmetric")
     reduce_range: bool = Field(
-        False,
-        description="Let 8-bit weights use 7 bits: x86 processors without VNNI add two products with uint8 in 16 bits, "
-        "which saturate with larger ones",
+        True,
+        description="Let 8-bit weights use 7 bits, so that all processors compute the same: x86 without VNNI adds two "
+        "products with uint8 in 16 bits, which saturate with larger weights",
     )
 
 

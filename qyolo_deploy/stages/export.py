@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qyolo_deploy import __version__
+from qyolo_deploy.artifact import saturates_products
 from qyolo_deploy.atomic import atomic_dir, atomic_path
 from qyolo_deploy.engines.base import OPENVINO_SUFFIX, engine_files
 from qyolo_deploy.engines.heads import METADATA_KEY
@@ -36,6 +37,7 @@ def run(context: StageContext) -> StageOutput:
     detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
     quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
     metadata = engine_metadata(detector.spec, recipe, __version__)
+    _warn_of_saturation(context, quantized)
     with context.reporter.progress("exporting") as tick:
         steps = 2 + len(recipe.export.targets)
         tick(0, steps, "float graph")
@@ -71,10 +73,20 @@ def run(context: StageContext) -> StageOutput:
         {
             "engines": relative,
             "low_bit_activations": _low_bit(context, model, quantized),
+            "wide_layers": len(quantized.wide_layers),
             "left_out": {target: len(_left_out(context, quantized, target)) for target in recipe.export.targets},
             **({} if tensorrt is None else {"tensorrt": _tensorrt_info(context, tensorrt)}),
         },
     )
+
+
+def _warn_of_saturation(context: StageContext, quantized: QuantizedModel) -> None:
+    """ONNX Runtime can be told to take other kernels, which our runner does; OpenVINO cannot."""
+    if "openvino" in context.recipe.export.targets and quantized.wide_layers and saturates_products():
+        context.reporter.note(
+            f"  {len(quantized.wide_layers)} layers have weights beyond 64, whose products OpenVINO adds in 16 bits on "
+            "this processor, which saturate; set quantization.weights.reduce_range to true"
+        )
 
 
 def _tensorrt_info(context: StageContext, tensorrt: TensorRtExport) -> dict[str, Any]:

@@ -179,6 +179,11 @@ def _notes(context: StageContext) -> list[str]:
                 f"{target}: of the activations of fewer than 8 bits {ways.get('saturating', 0)} are clipped by the "
                 f"saturation of uint8, {ways.get('clip', 0)} by a Clip."
             )
+    if wide := context.artifacts["export"].info["wide_layers"]:
+        notes.append(
+            f"{wide} layers have weights beyond 64: on x86 processors without VNNI they saturate in OpenVINO, and in "
+            "ONNX Runtime unless session.x64quantprecision is 1, as our runner sets it."
+        )
     if context.recipe.quantization.weights.bits < 8:
         bits = context.recipe.quantization.weights.bits
         notes.append(f"{bits}-bit grids run in int8 kernels: the grid decides accuracy, the container size and speed.")

@@ -13,7 +13,6 @@ from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.export.saturation import low_bit_activations
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.simulate import simulate
-from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
 
 def freeze_in_few_bits(prepared):
@@ -27,17 +26,16 @@ def freeze_in_few_bits(prepared):
 
 
 @pytest.fixture(scope="module", params=[4, 3], ids=["a4", "a3"])
-def few_bits(request, pico, make_prepared):
+def few_bits(request, pico, make_prepared, make_scheme):
     """`pico` with activations of few bits: the integers, and the tensors inside SiLU."""
-    prepared = make_prepared(pico, QuantScheme(QuantSpec(4), QuantSpec(request.param, signed=False)))
+    prepared = make_prepared(pico, make_scheme(4, request.param))
     return freeze_in_few_bits(prepared), prepared.placement.inner
 
 
 @pytest.fixture(scope="module", params=[4, 3], ids=["a4", "a3"])
-def official_few_bits(request, official, photographs, make_prepared):
+def official_few_bits(request, official, photographs, make_prepared, make_scheme):
     """The official yolov5n in few bits."""
-    scheme = QuantScheme(QuantSpec(4), QuantSpec(request.param, signed=False))
-    prepared = make_prepared(official[0], scheme, photographs)
+    prepared = make_prepared(official[0], make_scheme(4, request.param), photographs)
     return freeze_in_few_bits(prepared), prepared.placement.inner
 
 
@@ -70,9 +68,9 @@ def test_few_bits_run_in_integers(float_model, few_bits, tmp_path):
     assert kinds["QuantizeLinear"] == 1 and kinds["Clip"] == Counter(methods.values())["clip"]
 
 
-def test_a_saturating_network_is_that_of_eight_bits(float_model, pico, make_prepared, tmp_path):
+def test_a_saturating_network_is_that_of_eight_bits(float_model, pico, make_prepared, make_scheme, tmp_path):
     """Ranges that hold what SiLU and the sums can be need no node more."""
-    prepared = make_prepared(pico, QuantScheme(QuantSpec(4), QuantSpec(4, signed=False)))
+    prepared = make_prepared(pico, make_scheme(4, 4))
     with torch.no_grad():
         for quantizer in prepared.quantizers().values():
             if quantizer.spec.bits < 8:

@@ -9,7 +9,8 @@ import onnx_ir as ir
 import openvino
 import pytest
 import torch
-from helpers.engines import run
+from helpers.integer_reference import IntegerReference
+from helpers.parity import assert_explained, openvino_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -29,7 +30,6 @@ from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.simulate import fold_float
 from qyolo_deploy.models.registry import with_activation
-from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
 ops = openvino.opset13
 OPTIONS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -156,8 +156,10 @@ def test_packed_weights_run_in_integers_and_give_the_same(engines, images, quant
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "container"), [(3, "u3"), (2, "u2")])
-def test_narrower_grids_have_narrower_containers(float_model, pico, make_prepared, images, width, container, tmp_path):
-    quantized = freeze(make_prepared(pico, QuantScheme(QuantSpec(width), QuantSpec(8, signed=False))), {})
+def test_narrower_grids_have_narrower_containers(
+    float_model, pico, make_prepared, make_scheme, images, width, container, tmp_path
+):
+    quantized = freeze(make_prepared(pico, make_scheme(width)), {})
     qdq = insert_qdq(float_model, quantized, clip="values")
     eight, packed = (write(qdq, tmp_path / storage, ir_passes(quantized, storage)) for storage in ("int8", "int4"))
     stored = Counter(element_types(packed).values())
@@ -236,9 +238,9 @@ def readers_of_maps(xml):
             yield from (port.get_node() for port in node.output(0).get_target_inputs())
 
 
-def test_grids_of_few_bits_stay(float_model, pico, make_prepared, images, tmp_path):
+def test_grids_of_few_bits_stay(float_model, pico, make_prepared, make_scheme, images, tmp_path):
     """Their values are clipped before they are rounded, and joined from tensors of other grids."""
-    prepared = make_prepared(pico, QuantScheme(QuantSpec(4), QuantSpec(3, signed=False)))
+    prepared = make_prepared(pico, make_scheme(4, 3))
     with torch.no_grad():
         for quantizer in [quantizer for quantizer in prepared.quantizers().values() if quantizer.spec.bits < 8][::2]:
             quantizer.scale.mul_(0.3)
@@ -274,10 +276,10 @@ def test_kernels_have_times(engines, images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "hardswish"])
-def test_a_swapped_activation_is_part_of_the_convolution(pico, make_prepared, activation, tmp_path):
+def test_a_swapped_activation_is_part_of_the_convolution(pico, make_prepared, make_scheme, activation, tmp_path):
     """No kernel computes it by itself, nor the rounding before or behind it."""
     detector = with_activation(pico, activation)
-    prepared = make_prepared(detector, QuantScheme(QuantSpec(8), QuantSpec(8, signed=False)))
+    prepared = make_prepared(detector, make_scheme(8))
     quantized = freeze(prepared, {})
     raw = expose_heads(export_float(fold_float(detector), 64, dynamic=False), fold_float(detector))
     qdq = insert_qdq(raw, quantized, leave_out=prepared.placement.inner, clip="values")
@@ -298,10 +300,12 @@ def test_a_swapped_activation_is_part_of_the_convolution(pico, make_prepared, ac
 def test_one_onnx_runs_in_integers_in_both_runtimes(float_model, quantized, images, storage, tmp_path):
     """Packed weights too; a file for OpenVINO alone is faster, because nothing is rounded inside SiLU."""
     path = tmp_path / "shared.onnx"
-    ir.save(insert_qdq(float_model, quantized, storage=storage), path)
+    model = insert_qdq(float_model, quantized, storage=storage)
+    ir.save(model, path)
     convolutions = [kernel for kernel in executed_kernels(compiled(path)) if kernel.kind == "Convolution"]
     assert len(convolutions) == len(quantized.layers) and all(kernel.is_integer for kernel in convolutions)
-    assert_near(outputs(path, images), [run(ir.load(path), images)])
+    reference, shown = IntegerReference(ir.to_proto(model)), images[:1].numpy()
+    assert_explained(reference, openvino_run(path, reference)(shown), shown)
 
 
 # --- size ---
