@@ -19,6 +19,7 @@ from qyolo_deploy.errors import IntegrityError
 # A file changed within one clock tick of the file system keeps its timestamp (FAT counts in steps of 2 s),
 # so the digest of a file this fresh is not remembered.
 _FRESH_NS = 2_000_000_000
+_CPUINFO = Path("/proc/cpuinfo")
 _VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
 _ABILITIES = ("avx2", *_VNNI, "amx_bf16", "asimddp", "i8mm")
 
@@ -272,22 +273,23 @@ def cpu_model() -> str:
 
 def cpu_abilities() -> tuple[str, ...]:
     """Which of the processor's abilities that decide about integer kernels are there; empty where unknown."""
-    words = _cpu_words()
+    words = _cpu_words(_CPUINFO)
     return tuple(ability for ability in _ABILITIES if ability in words)
 
 
-def saturates_products() -> bool:
+def saturates_products(cpuinfo: Path = _CPUINFO) -> bool:
     """Whether this processor's kernels add two products of uint8 and int8 in 16 bits, which saturate.
 
     Those of x86 without VNNI do (`vpmaddubsw`). Weights of at most 64 in magnitude are safe, as 2 * 255 * 64 fits.
     False where it is unknown.
     """
-    return platform.machine().lower() in ("x86_64", "amd64") and bool(_cpu_words()) and not set(_VNNI) & _cpu_words()
+    words = _cpu_words(cpuinfo)
+    return platform.machine().lower() in ("x86_64", "amd64") and bool(words) and not words & set(_VNNI)
 
 
-def _cpu_words() -> set[str]:
+def _cpu_words(cpuinfo: Path) -> set[str]:
     try:
-        return set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+        return set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
     except OSError:
         return set()
 
