@@ -21,7 +21,8 @@ from qyolo_deploy.errors import IntegrityError
 _FRESH_NS = 2_000_000_000
 _CPUINFO = Path("/proc/cpuinfo")
 _VNNI = ("avx512_vnni", "avx_vnni", "amx_int8")
-_ABILITIES = ("avx2", *_VNNI, "amx_bf16", "asimddp", "i8mm")
+_BFLOAT16 = ("avx512_bf16", "amx_bf16")
+_ABILITIES = ("avx2", *_VNNI, *_BFLOAT16, "asimddp", "i8mm")
 
 
 def canonical_json(obj: object) -> str:
@@ -283,8 +284,21 @@ def saturates_products(cpuinfo: Path = _CPUINFO) -> bool:
     Those of x86 without VNNI do (`vpmaddubsw`). Weights of at most 64 in magnitude are safe, as 2 * 255 * 64 fits.
     False where it is unknown.
     """
+    return _lacks(_VNNI, cpuinfo)
+
+
+def converts_bfloat16(cpuinfo: Path = _CPUINFO) -> bool:
+    """Whether this processor computes bfloat16 by way of float32, several times slower than float32 itself.
+
+    False where it is unknown.
+    """
+    return _lacks(_BFLOAT16, cpuinfo)
+
+
+def _lacks(abilities: Sequence[str], cpuinfo: Path) -> bool:
+    """Whether this is an x86 processor that is known to have none of them."""
     words = _cpu_words(cpuinfo)
-    return platform.machine().lower() in ("x86_64", "amd64") and bool(words) and not words & set(_VNNI)
+    return platform.machine().lower() in ("x86_64", "amd64") and bool(words) and not words & set(abilities)
 
 
 def _cpu_words(cpuinfo: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 
+from qyolo_deploy.artifact import converts_bfloat16
 from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.data.dataset import load_dataset
 from qyolo_deploy.graph.freeze import freeze
@@ -19,6 +20,11 @@ def join(context: StageContext) -> QatResult:
     """The training itself, in which all processes of a distributed build take part."""
     detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
     device = training_device(context.device)
+    if context.recipe.train.precision == "bfloat16" and device.type == "cpu" and converts_bfloat16():
+        context.reporter.note(
+            "  this processor computes bfloat16 by way of float32, which takes several times as long; "
+            "--set train.precision=float32"
+        )
     with context.reporter.progress("training") as tick:
         return train_qat(
             detector,

@@ -1,4 +1,4 @@
-"""Weights of reduced range: x86 processors without VNNI add two products with uint8 in 16 bits, which saturate."""
+"""What processors lack: without VNNI, x86 adds two products with uint8 in 16 bits, which saturate."""
 
 import platform
 
@@ -8,7 +8,7 @@ from helpers.engines import session_of
 from helpers.integer_reference import convolve
 from onnx import TensorProto, helper, numpy_helper
 
-from qyolo_deploy.artifact import saturates_products
+from qyolo_deploy.artifact import converts_bfloat16, saturates_products
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
 from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
@@ -75,6 +75,14 @@ def test_a_processor_without_vnni_saturates(flags, saturates, tmp_path):
     (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} aes\n")
     assert saturates_products(tmp_path / "cpuinfo") is saturates
     assert saturates_products(tmp_path / "nothing") is False  # nobody knows
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="about x86 processors")
+@pytest.mark.parametrize(("flags", "converts"), [("avx2", True), ("avx512_bf16", False), ("amx_bf16", False)])
+def test_a_processor_without_bfloat16_converts(flags, converts, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"flags : fpu {flags} aes\n")
+    assert converts_bfloat16(tmp_path / "cpuinfo") is converts
+    assert converts_bfloat16(tmp_path / "nothing") is False
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
