@@ -114,7 +114,7 @@ class LearnedRounding(OscillationTracker):
             mask = self.caught[layer.part].view(logit.shape)
             loss = weight * penalty(offset_of(logit))[mask].sum()
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     @torch.no_grad()
