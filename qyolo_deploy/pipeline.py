@@ -64,7 +64,7 @@ STAGES = (
         "validate",
         10,
         "validate",
-        ("name", "model", "export", "validate", "gates", "release"),
+        ("name", "model", "correct", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),
     ),
     Stage(

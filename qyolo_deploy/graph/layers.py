@@ -1,5 +1,6 @@
 """A convolution with a quantized weight, its batch normalisation and its correction as one module."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -35,7 +36,8 @@ class QuantConv(nn.Module):
     Attributes:
         norm_momentum: With a number, batch normalisation uses the statistics of the batch and moves the running ones
             towards them by that share; None uses the running ones.
-        frozen: Mask and integers of weights that no longer learn, each of the weight's shape.
+        frozen: Mask of the weights that do not follow their latent values, and a function that gives levels for them,
+            in steps; both of the weight's shape.
         source: Quantizer of what the layer reads, once it is known; biases are then rounded as the int32 ones of an
             engine are. In a tuple, as the module belongs to the graph and not to the layer.
     """
@@ -68,7 +70,7 @@ class QuantConv(nn.Module):
         self.shift = nn.Parameter(torch.zeros(channels), requires_grad=False)
         self.quantizer = Quantizer(spec, channels) if spec is not None else None
         self.norm_momentum: float | None = None
-        self.frozen: tuple[Tensor, Tensor] | None = None
+        self.frozen: tuple[Tensor, Callable[[], Tensor]] | None = None
         self.source: tuple[Quantizer, ...] = ()
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -106,11 +108,11 @@ class QuantConv(nn.Module):
         weight: Tensor = self.quantizer(self.weight)
         if self.frozen is None or not self.quantizer.enabled:
             return weight
-        mask, integers = self.frozen
+        mask, levels = self.frozen
         scale, factor = self.weight_scale(), self.quantizer.scale_factor(self.weight)
         learning = scale.detach() + (scale - scale.detach()) * factor
         # In the integer domain, so that the scale goes on learning (Nagel 2022, section 4.3).
-        return torch.where(mask, integers * learning, weight)
+        return torch.where(mask, levels() * learning, weight)
 
     def weight_scale(self) -> Tensor:
         """Step size of the weights, broadcastable to them."""

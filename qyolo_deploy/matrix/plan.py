@@ -25,10 +25,12 @@ class Entry(Section):
     Attributes:
         name: Its head.
         set: Keys of the recipe, dotted, and their values.
+        view: Whose number it shows, where that is not the matrix's view; a column's goes before a row's.
     """
 
     name: Annotated[str, Field(min_length=1)]
     set: Settings = Field(default_factory=dict)
+    view: str | None = None
 
 
 class Budget(Section):
@@ -81,6 +83,12 @@ class Matrix(Section):
             if row not in rows or not set(numbers) <= set(columns):
                 raise ValueError(f"published.{row}: expected names of rows and columns")
         return self
+
+    def view_of(self, row: str, column: str) -> str:
+        """Name of the view whose number a cell shows."""
+        (across,) = (entry.view for entry in self.rows if entry.name == row)
+        (down,) = (entry.view for entry in self.columns if entry.name == column)
+        return down or across or self.view
 
 
 @dataclass(frozen=True)
@@ -162,8 +170,8 @@ def cells_of(
                 keys = _FIXED | matrix.set | shorter | row.set | column.set | dict.fromkeys(_SEED_KEYS, seed)
                 own = (*(f"{key}={json.dumps(value)}" for key, value in keys.items()), *settings)
                 recipe = load_recipe(base, own)
-                if matrix.view not in ("float", "fake_quantized", *recipe.export.views):
-                    raise InputError(f"{path}: view: {matrix.view!r} is not among the views of {base}")
+                if (view := matrix.view_of(row.name, column.name)) not in recipe.views:
+                    raise InputError(f"{path}: view: {view!r} is not among the views of {base}")
                 cells.append(Cell(row.name, column.name, seed, own, recipe))
     return cells
 

@@ -43,10 +43,10 @@ class MatrixResult:
     folder: Path
     cells: tuple[CellResult, ...]
 
-    def points(self, row: str, column: str, view: str | None = None) -> list[float]:
-        """The metric of a cell's seeds in points, failed ones left out; by default of the matrix's view."""
+    def points(self, row: str, column: str) -> list[float]:
+        """The metric of a cell's seeds in points, failed ones left out, of the view that the cell shows."""
         own = [cell for cell in self.cells if (cell.row, cell.column) == (row, column)]
-        return [100 * cell.values[view or self.matrix.view] for cell in own if cell.values]
+        return [100 * cell.values[self.matrix.view_of(row, column)] for cell in own if cell.values]
 
     def oscillating(self, row: str, column: str) -> float | None:
         """Mean percentage of oscillating weights."""

@@ -29,7 +29,8 @@ def caption(result: MatrixResult) -> str:
     matrix = result.matrix
     seeds = len({cell.seed for cell in result.cells})
     base = [100 * cell.values["float"] for cell in result.cells if "float" in cell.values]
-    parts = [f"{matrix.metric} of {matrix.view} in points"]
+    others = [f"; of {entry.view} in {entry.name}" for entry in (*matrix.rows, *matrix.columns) if entry.view]
+    parts = [f"{matrix.metric} of {matrix.view} in points{''.join(others)}"]
     parts.append(f"mean and standard deviation of {seeds} seeds" if seeds > 1 else "one seed")
     if base:
         parts.append(f"float {statistics.mean(base):.2f}")

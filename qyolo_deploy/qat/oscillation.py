@@ -4,7 +4,7 @@ Nagel et al. 2022, "Overcoming Oscillations in Quantization-Aware Training".
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from qyolo_deploy.graph.prepare import PreparedModel
 
 OSCILLATING = 0.005
 """Frequency above which a weight counts as oscillating (section 2.2)."""
-_LOW_BITS = 4
+LOW_BITS = 4
+"""Layers of more bits are left alone: their steps are too fine to matter."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class LayerSlice:
     conv: QuantConv
     start: int
     end: int
+
+    @property
+    def bits(self) -> int:
+        """Of the weights' grid."""
+        return bits_of(self.conv)
+
+    @property
+    def part(self) -> slice:
+        """The layer's place in flat buffers."""
+        return slice(self.start, self.end)
 
 
 def _track(
@@ -73,10 +84,14 @@ class OscillationTracker(nn.Module):
     def _integers(self) -> Tensor:
         return torch.cat([_integers_of(layer.conv).flatten() for layer in self.layers] or [torch.zeros(0).char()])
 
+    def current(self) -> Tensor:
+        """Integers that the model computes with, int8, flat."""
+        return torch.where(self.frozen, self.frozen_integer, self._integers())
+
     @torch.no_grad()
     def update(self) -> None:
         """Looks at the weights after an optimizer step."""
-        new = torch.where(self.frozen, self.frozen_integer, self._integers())
+        new = self.current()
         state = kernel(_track)(new, self.integer, self.direction, self.frequency, self.mean, self._momentum)
         for buffer, value in zip((self.direction, self.frequency, self.mean), state, strict=True):
             buffer.copy_(value)
@@ -86,9 +101,9 @@ class OscillationTracker(nn.Module):
     def freeze(self, threshold: float) -> None:
         """Fixes weights of low-bit layers that flip more often than the threshold, at their mean integer, for good."""
         for layer in self.layers:
-            if _bits(layer.conv) > _LOW_BITS:
+            if layer.bits > LOW_BITS:
                 continue
-            part = slice(layer.start, layer.end)
+            part = layer.part
             caught = (self.frequency[part] > threshold) & ~self.frozen[part]
             self.frozen_integer[part] = torch.where(
                 caught, self.mean[part].round().to(torch.int8), self.frozen_integer[part]
@@ -101,26 +116,26 @@ class OscillationTracker(nn.Module):
         if not self.frozen.any():
             return
         for layer in self.layers:
-            part, shape = slice(layer.start, layer.end), layer.conv.weight.shape
-            layer.conv.frozen = (self.frozen[part].view(shape), self.frozen_integer[part].view(shape))
+            part, shape = layer.part, layer.conv.weight.shape
+            layer.conv.frozen = (self.frozen[part].view(shape), fixed(self.frozen_integer[part].view(shape)))
 
     @torch.no_grad()
     def bake(self) -> None:
         """Writes frozen integers into the latent weights, after which the model needs no tracker any more."""
         for layer in self.layers:
-            part, conv = slice(layer.start, layer.end), layer.conv
+            part, conv = layer.part, layer.conv
             mask = self.frozen[part].view(conv.weight.shape)
-            fixed = self.frozen_integer[part].view(conv.weight.shape) * conv.weight_scale()
-            conv.weight.copy_(torch.where(mask, fixed, conv.weight))
+            values = self.frozen_integer[part].view(conv.weight.shape) * conv.weight_scale()
+            conv.weight.copy_(torch.where(mask, values, conv.weight))
             conv.frozen = None
 
     def shares(self) -> dict[str, dict[str, float]]:
         """For each layer the shares of oscillating and of frozen weights."""
         found = {}
         for layer in self.layers:
-            part = slice(layer.start, layer.end)
+            part = layer.part
             found[layer.name] = {
-                "bits": _bits(layer.conv),
+                "bits": layer.bits,
                 "weights": layer.end - layer.start,
                 "oscillating": (self.frequency[part] > OSCILLATING).float().mean().item(),
                 "frozen": self.frozen[part].float().mean().item(),
@@ -136,9 +151,15 @@ def _slices(model: PreparedModel) -> Iterator[LayerSlice]:
             start += conv.weight.numel()
 
 
-def _bits(conv: QuantConv) -> int:
+def bits_of(conv: QuantConv) -> int:
+    """Bits of a quantized layer's weights."""
     assert conv.quantizer is not None
     return conv.quantizer.spec.bits
+
+
+def fixed(levels: Tensor) -> Callable[[], Tensor]:
+    """Levels that do not change, as `QuantConv.frozen` wants them."""
+    return lambda: levels
 
 
 def _integers_of(conv: QuantConv) -> Tensor:
@@ -164,7 +185,7 @@ def dampen(model: PreparedModel, weight: float) -> float:
     """
     total = 0.0
     for conv in model.convs().values():
-        if conv.quantizer is None or _bits(conv) > _LOW_BITS or conv.weight.grad is None:
+        if conv.quantizer is None or bits_of(conv) > LOW_BITS or conv.weight.grad is None:
             continue
         spec, scale = conv.quantizer.spec, conv.weight_scale()
         error = torch.clamp(conv.weight, spec.qmin * scale, spec.qmax * scale) - _integers_of(conv) * scale
@@ -175,9 +196,9 @@ def dampen(model: PreparedModel, weight: float) -> float:
     return total
 
 
-def rising(progress: float, highest: float, start: float) -> float:
-    """Half a cosine from 0 at `start` to `highest` at the end of training; 0 before."""
-    share = max(0.0, (progress - start) / (1 - start))
+def rising(progress: float, highest: float, start: float, end: float = 1.0) -> float:
+    """Half a cosine from 0 at `start` to `highest` at `end`, shares of training; 0 before, `highest` after."""
+    share = min(1.0, max(0.0, (progress - start) / (end - start)))
     return highest * (1 - math.cos(math.pi * share)) / 2
 
 

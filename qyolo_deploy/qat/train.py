@@ -18,6 +18,7 @@ from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.qat.diagnostics import Diagnostics
 from qyolo_deploy.qat.hooks import QatHooks
 from qyolo_deploy.qat.norms import reestimate, use_batch_statistics
+from qyolo_deploy.qat.rounding import LearnedRounding
 from qyolo_deploy.recipe import Recipe
 from qyolo_deploy.training import distributed
 from qyolo_deploy.training.device import CPU, placed
@@ -174,14 +175,15 @@ def _set_rules(model: PreparedModel, recipe: Recipe) -> None:
 
 
 def parameter_groups(model: PreparedModel, recipe: Recipe) -> list[ParameterGroup]:
-    """Weights, vectors, and one group for each quantizer.
+    """Weights, vectors, one group for each quantizer, and the logits of learned roundings if the tracker has any.
 
     Adam moves every parameter by about its learning rate, whatever the gradient's size; scales differ by a factor of
     a hundred among themselves, so each gets a rate in proportion to where it starts.
     """
     section = recipe.train
     quantizers = [module for module in model.modules() if isinstance(module, Quantizer)]
-    known = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
+    logits = [*model.tracker.logits] if isinstance(model.tracker, LearnedRounding) else []
+    known = {id(parameter) for module in quantizers for parameter in module.parameters()} | {id(p) for p in logits}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     groups = [
         ParameterGroup([p for p in rest if p.ndim > 1], section.lr, section.weight_decay),
@@ -191,4 +193,8 @@ def parameter_groups(model: PreparedModel, recipe: Recipe) -> list[ParameterGrou
         learned = [parameter for parameter in quantizer.parameters() if parameter.requires_grad]
         if learned:
             groups.append(ParameterGroup(learned, section.scale_lr * quantizer.scale.mean().item()))
+    if section.rounding is not None and logits:
+        # All rates follow one cosine; this one is told for the point where the logits begin to learn.
+        share = Schedule.of(section).cosine(section.rounding.start, 1)
+        groups.append(ParameterGroup(logits, section.rounding.lr / share))
     return groups

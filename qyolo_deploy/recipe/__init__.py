@@ -6,7 +6,15 @@ import yaml
 from pydantic import Field, model_validator
 
 from qyolo_deploy.recipe.base import Positive, Section
-from qyolo_deploy.recipe.checks import LAST_RELEASE, PER_CLASS, Gate, ReleaseSection, ValidateSection
+from qyolo_deploy.recipe.checks import (
+    LAST_RELEASE,
+    PER_CLASS,
+    SOFT_ROUNDED,
+    TORCH_VIEWS,
+    Gate,
+    ReleaseSection,
+    ValidateSection,
+)
 from qyolo_deploy.recipe.engines import TENSORRT_GRAPH, ExportSection, NmsSection, TensorRtSection
 from qyolo_deploy.recipe.inputs import SYNTHETIC, DataSection, ModelSection, QuantizationSection
 from qyolo_deploy.recipe.training import (
@@ -21,8 +29,10 @@ from qyolo_deploy.recipe.training import (
 __all__ = [
     "LAST_RELEASE",
     "PER_CLASS",
+    "SOFT_ROUNDED",
     "SYNTHETIC",
     "TENSORRT_GRAPH",
+    "TORCH_VIEWS",
     "AugmentSection",
     "CorrectSection",
     "ExportSection",
@@ -71,14 +81,26 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _gates_name_views(self) -> "Recipe":
         """A gate on a view that is never measured would fail, but only after all the training."""
-        views = ("float", "fake_quantized", *self.export.views)
         for index, gate in enumerate(self.gates):
             if gate.relative_to == LAST_RELEASE and self.validate_.last_release is None:
                 raise ValueError(f"gates.{index}.relative_to: release needs validate.last_release")
-            for key, known in (("view", views), ("relative_to", (*views, LAST_RELEASE))):
+            for key, known in (("view", self.views), ("relative_to", (*self.views, LAST_RELEASE))):
                 if (name := getattr(gate, key)) not in (None, *known):
                     raise ValueError(f"gates.{index}.{key}: expected one of {', '.join(known)}, found {name!r}")
         return self
+
+    @model_validator(mode="after")
+    def _soft_rounding_is_of_training(self) -> "Recipe":
+        """Beside corrected engines its number would tell of correction, and not of rounding."""
+        if self.validate_.soft_rounding and self.correct.enabled:
+            raise ValueError("validate.soft_rounding: expected correct.enabled: false, as it is of what training left")
+        return self
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of all views that validation measures."""
+        soft = (SOFT_ROUNDED,) if self.validate_.soft_rounding else ()
+        return ("float", "fake_quantized", *soft, *self.export.views)
 
     def section(self, stage: str) -> dict[str, Any]:
         """One section as plain data, for stage keys."""

@@ -7,6 +7,9 @@ from pydantic import Field, FiniteFloat, model_validator
 from qyolo_deploy.recipe.base import Fraction, Positive, Section
 
 LAST_RELEASE = "release"
+SOFT_ROUNDED = "soft_rounded"
+TORCH_VIEWS = ("fake_quantized", SOFT_ROUNDED)
+"""Views that are computed in torch; every view but these is an engine."""
 PER_CLASS = "per_class."
 _RESAMPLED = ("map50_95", "map50", "map75", "map_small", "map_medium", "map_large")
 
@@ -21,6 +24,11 @@ class ValidateSection(Section):
     latency_runs: Positive = 50
     parity_images: Annotated[int, Field(ge=0)] = Field(
         2, description="Images on which each engine is compared with the fake-quantized model layer by layer"
+    )
+    soft_rounding: bool = Field(
+        False,
+        description="Also measure the trained model with weights near a rounding threshold left unrounded, as the view "
+        "`soft_rounded`: a diagnostic of oscillations, which no engine can hold",
     )
     last_release: str | None = Field(
         None, description="Folder of the last release, or its report.json, for gates `relative_to: release`"

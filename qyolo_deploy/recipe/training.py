@@ -97,6 +97,26 @@ class FreezingSection(Section):
     start: Annotated[float, Field(ge=0, lt=1, description="Share of training without it")] = 0.0
 
 
+class RoundingSection(Section):
+    """Weights of low-bit layers that oscillate learn which integer they end at (stability-driven QAT)."""
+
+    start: Annotated[float, Field(ge=0, lt=1, description="Share of training without it")] = 0.7
+    end: Annotated[
+        float, Field(gt=0, le=1, description="Share of training after which they are integers and all else adapts")
+    ] = 0.9
+    frequency: Fraction = Field(0.005, description="Oscillation frequency above which a weight is caught")
+    lr: Rate = Field(0.05, description="Of the offsets' logits at the start of this phase; it falls as all rates do")
+    regularizer: Rate = Field(
+        0.1, description="Weight of g^2 (1 - g^2)^2 at the end, on the sum over all caught weights; it rises from 0"
+    )
+
+    @model_validator(mode="after")
+    def _ends_later(self) -> "RoundingSection":
+        if self.end <= self.start:
+            raise ValueError(f"end: expected more than start, {self.start}, found {self.end}")
+        return self
+
+
 class TrainSection(TrainingSection):
     """Quantization-aware training: learned scales, EMA of weights and scales, distillation from the float model."""
 
@@ -114,9 +134,18 @@ class TrainSection(TrainingSection):
     oscillation_momentum: Annotated[float, Field(gt=0, lt=1, description="m of the oscillation frequency")] = 0.01
     dampening: DampeningSection | None = None
     freezing: FreezingSection | None = None
+    rounding: RoundingSection | None = None
     backbone_first: Annotated[
         float, Field(ge=0, lt=1, description="Share of training in which only the backbone is quantized")
     ] = 0.0
+
+    @model_validator(mode="after")
+    def _rounds_what_is_quantized_and_free(self) -> "TrainSection":
+        if self.rounding is not None and self.freezing is not None:
+            raise ValueError("rounding: expected no freezing beside it, which fixes the same weights")
+        if self.rounding is not None and self.rounding.start < self.backbone_first:
+            raise ValueError(f"rounding.start: expected at least backbone_first, {self.backbone_first}")
+        return self
 
 
 class CorrectSection(Section):

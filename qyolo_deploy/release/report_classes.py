@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qyolo_deploy.recipe import TORCH_VIEWS
 from qyolo_deploy.release.charts import Dot, Trace, dot_plot, trace_chart
 from qyolo_deploy.release.report_text import fixed, to_number, view_style, view_title
 from qyolo_deploy.release.report_views import View, float_view
@@ -73,7 +74,7 @@ def precision_recall(curves: Mapping[str, Any], views: Sequence[View]) -> dict[s
         curves: The section of `report.json`: `iou`, `recall`, and `views` with `mean` and `per_class`.
         views: The measured views, by which classes are ranked.
     """
-    shown = {name: found for name, found in (curves.get("views") or {}).items() if name != "fake_quantized"}
+    shown = {name: found for name, found in (curves.get("views") or {}).items() if name not in TORCH_VIEWS}
     if not shown or not curves.get("recall"):
         return None
     classes = [name for name in _by_loss(views) if all(name in found["per_class"] for found in shown.values())]

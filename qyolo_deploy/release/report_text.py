@@ -7,6 +7,7 @@ from typing import Any
 _VIEW_TITLES = {
     "float": "Float",
     "fake_quantized": "Fake-quantized",
+    "soft_rounded": "Softly rounded weights (no engine)",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",

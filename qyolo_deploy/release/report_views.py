@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qyolo_deploy.recipe import TORCH_VIEWS
 from qyolo_deploy.release.charts import Bar, Chart, bar_chart
 from qyolo_deploy.release.report_text import (
     ACCURACIES,
@@ -35,7 +36,7 @@ def float_view(views: Sequence[View]) -> View | None:
 
 def is_engine(view: View) -> bool:
     """Return whether a view is one of the engines that ship."""
-    return view.get("name") not in ("float", "fake_quantized")
+    return view.get("name") not in ("float", *TORCH_VIEWS)
 
 
 def verdict(gates: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

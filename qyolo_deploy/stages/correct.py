@@ -1,6 +1,7 @@
 """Stage `correct`: quantization correction of the trained model, folded."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def run(context: StageContext) -> StageOutput:
     folder.mkdir(exist_ok=True)
     target = folder / "model.safetensors"
     detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
-    model = _trained(context, detector)
+    model = trained(context, detector)
     before = freeze(model, context.lineage())
     if not context.recipe.correct.enabled:
         before.save(target)
@@ -56,9 +57,14 @@ def _requantized_channels(before: QuantizedModel, after: QuantizedModel) -> int:
     )
 
 
-def _trained(context: StageContext, detector: Detector) -> PreparedModel:
-    """The model in the state of training that the recipe corrects."""
-    file = context.folder / "train" / f"{context.recipe.correct.state}.safetensors"
+def state_file(context: StageContext) -> Path:
+    """The state of training that the recipe corrects or takes over as it is."""
+    return context.folder / "train" / f"{context.recipe.correct.state}.safetensors"
+
+
+def trained(context: StageContext, detector: Detector) -> PreparedModel:
+    """The model in that state."""
+    file = state_file(context)
     model = student(detector, context.recipe)
     state = load_tensors(file)
     if state is None:

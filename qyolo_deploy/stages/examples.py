@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qyolo_deploy.data.dataset import image_names
 from qyolo_deploy.data.images import read_image
 from qyolo_deploy.data.records import DetectionDataset
+from qyolo_deploy.recipe import TORCH_VIEWS
 from qyolo_deploy.validate.image_scores import CONF, IOU, ImageMatch, match_images, worst_losses
 from qyolo_deploy.validate.results import ResultTable
 
@@ -31,7 +32,7 @@ def describe_images(dataset: DetectionDataset, results: Mapping[str, ResultTable
         JSON data; `examples` are the worst losses, whose `webp_base64` is for the page alone.
     """
     matches = {view: match_images(dataset, found) for view, found in results.items()}
-    engines = [view for view in results if view not in ("float", "fake_quantized")]
+    engines = [view for view in results if view not in ("float", *TORCH_VIEWS)]
     worst = worst_losses(matches["float"], [matches[view] for view in engines], _EXAMPLES)
     return {
         "conf": CONF,

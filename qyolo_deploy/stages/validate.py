@@ -12,11 +12,13 @@ from qyolo_deploy.data.letterbox import letterbox, to_tensor
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.engines.base import Runner, open_engine
 from qyolo_deploy.graph.simulate import simulate
-from qyolo_deploy.models.registry import detector_of
+from qyolo_deploy.models.registry import detector_of, load_detector
+from qyolo_deploy.qat.soft_rounding import round_softly
 from qyolo_deploy.quant.model import QuantizedModel
-from qyolo_deploy.recipe import TENSORRT_GRAPH
+from qyolo_deploy.recipe import SOFT_ROUNDED, TENSORRT_GRAPH, TORCH_VIEWS
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
+from qyolo_deploy.stages.correct import state_file, trained
 from qyolo_deploy.stages.examples import describe_images
 from qyolo_deploy.stages.parity import engines_parity
 from qyolo_deploy.stages.report_parts import (
@@ -70,13 +72,15 @@ def run(context: StageContext) -> StageOutput:
     latencies = _latencies(context, engines, dataset, settings)
     data_digest = context.artifacts["data"].info["val"]["digest"]
     reports, found = {}, {}
-    measured = [view for view in recipe.export.views if view in engines]
-    for view in ("float", "fake_quantized", *measured):
+    for view in (view for view in recipe.views if view in ("float", *TORCH_VIEWS) or view in engines):
         with context.reporter.progress(f"validating {view}") as tick:
             digests = {"data": data_digest}
             if view == "fake_quantized":
                 runner: Any = _fake_quantized(context)
                 digests["model"] = sha256_file(context.folder / "correct" / "model.safetensors")
+            elif view == SOFT_ROUNDED:
+                runner = _softly_rounded(context)
+                digests["model"] = sha256_file(state_file(context))
             else:
                 path = engines[view].path
                 runner = open_engine(path, conf=recipe.validate_.conf, mode="throughput")
@@ -111,6 +115,14 @@ def run(context: StageContext) -> StageOutput:
 def _fake_quantized(context: StageContext) -> TorchRunner:
     quantized = QuantizedModel.load(context.folder / "correct" / "model.safetensors")
     return TorchRunner(simulate(detector_of(quantized.architecture), quantized))
+
+
+def _softly_rounded(context: StageContext) -> TorchRunner:
+    """What training left, with the weights unrounded whose level is undecided."""
+    detector = load_detector(context.folder / "float" / "model.safetensors", None, None, 0)
+    model = trained(context, detector)
+    round_softly(model)
+    return TorchRunner(lambda images: detector.decode(model(images)))
 
 
 def _latencies(

@@ -61,8 +61,11 @@ class Schedule:
     def factor(self, step: int, steps_per_epoch: int) -> float:
         """Share of the full learning rate: linear warm-up, then half a cosine down to `final_lr`."""
         total, warmup = self.epochs * steps_per_epoch, self.warmup_epochs * steps_per_epoch
-        cosine = self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * step / max(total, 1))) / 2
-        return cosine * min(1.0, (step + 1) / max(warmup, 1.0))
+        return self.cosine(step, max(total, 1)) * min(1.0, (step + 1) / max(warmup, 1.0))
+
+    def cosine(self, done: float, total: float) -> float:
+        """The same without warm-up, where `done` of `total` is behind."""
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done / total)) / 2
 
     def make_optimizer(self, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
         """The optimizer over all groups; learning rates are set anew before each step."""

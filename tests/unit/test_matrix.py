@@ -1,17 +1,20 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import yaml
 
+from qyolo_deploy.artifact import sha256_file
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.matrix.plan import cells_of, load_matrix
 from qyolo_deploy.matrix.results import CellResult, MatrixResult
 from qyolo_deploy.matrix.run import run_matrix
 from qyolo_deploy.matrix.table import caption, table, write_csv, write_plot
+from qyolo_deploy.release.report_views import cards
 
 PAPER = Path(__file__).parent.parent.parent / "recipes" / "paper"
 SHIPPED = [path for path in sorted(PAPER.glob("*.yaml")) if "\nrows:" in path.read_text()]
@@ -83,6 +86,7 @@ def test_cells_share_what_they_have_in_common(write):
         ({"published": {"LSQ": {"5 bits": 1.0}}}, "published.LSQ: expected names of rows and columns"),
         ({"set": {"train.fly": 1}}, "train.fly: unknown key"),
         ({"view": "tensorrt"}, "view: 'tensorrt' is not among the views"),
+        ({"columns": [{"name": "4 bits", "view": "soft_rounded"}]}, "view: 'soft_rounded' is not among the views"),
         ({"recipe": "none.yaml"}, "none.yaml: no such recipe"),
     ],
 )
@@ -143,6 +147,17 @@ def test_the_table_tells_mean_spread_oscillation_and_what_was_published(result):
     assert "2 seeds" in text and "float 30.00" in text and text.endswith("Budget: One epoch.")
 
 
+def test_rows_and_columns_may_show_another_view(write, result):
+    rows = [{"name": "LSQ", "view": "float"}, {"name": "EMA + damping"}]
+    columns = [{"name": "4 bits"}, {"name": "3 bits", "view": "openvino"}]
+    matrix = load_matrix(write(rows=rows, columns=columns))
+    found = [[matrix.view_of(row["name"], column["name"]) for column in columns] for row in rows]
+    assert found == [["float", "openvino"], ["onnxruntime", "openvino"]]
+    other = replace(result, matrix=load_matrix(write(rows=rows)))
+    assert other.points("LSQ", "4 bits") == [30, 30] and other.points("EMA + damping", "4 bits") == [25, 24]
+    assert caption(other).startswith("map50_95 of onnxruntime in points; of float in LSQ; mean")
+
+
 def test_the_csv_has_every_view_of_every_cell_and_the_failures(result):
     write_csv(result)
     with (result.folder / "cells.csv").open() as file:
@@ -168,11 +183,13 @@ def small_matrix(tiny_build, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matrix")
     settings = {key: yaml.safe_load(str(value)) for key, value in (s.split("=", 1) for s in tiny_build.settings)}
     settings |= {"export.targets": ["onnxruntime"], "train.epochs": 1, "correct.enabled": False}
+    settings |= {"validate.soft_rounding": True}
     (folder / "quick.yaml").write_text(yaml.safe_dump({"extends": str(tiny_build.recipe)}))
     file = folder / "small.yaml"
     rows = [
         {"name": "raw", "set": {"correct.state": "raw"}},
         {"name": "ema"},
+        {"name": "soft", "view": "soft_rounded"},
         {"name": "wrong", "set": {"quantization.keep_float": ["model.77.*"]}},
     ]
     file.write_text(
@@ -187,14 +204,33 @@ def small_matrix(tiny_build, tmp_path_factory):
 def test_a_matrix_trains_once_what_cells_share_and_records_failures(small_matrix):
     file, out = small_matrix
     result = run_matrix(file, out=out)
-    assert [(cell.row, bool(cell.values)) for cell in result.cells] == [("raw", True), ("ema", True), ("wrong", False)]
-    assert "model.77.*" in result.cells[2].error
+    values = [(cell.row, bool(cell.values)) for cell in result.cells]
+    assert values == [("raw", True), ("ema", True), ("soft", True), ("wrong", False)]
+    assert "model.77.*" in result.cells[3].error
     events = [json.loads(line) for line in (out / "small/cells/ema-w4a8-0/quickstart/events.jsonl").open()]
     taken = {event["stage"] for event in events if event["event"] == "taken over"}
     assert {"data", "float", "train"} <= taken
     assert result.cells[0].values["fake_quantized"] != result.cells[1].values["fake_quantized"]
+    assert result.points("soft", "W4A8") == [100 * result.cells[1].values["soft_rounded"]]
     saved = json.loads((out / "small" / "cells.json").read_text())
     assert [cell["values"] for cell in saved] == [cell.values for cell in result.cells]
+
+
+@pytest.mark.slow
+def test_softly_rounded_weights_are_measured_beside_those_of_the_engines(small_matrix):
+    file, out = small_matrix
+    result = run_matrix(file, out=out)
+    for cell, state in zip(result.cells, ("raw", "ema"), strict=False):
+        folder = out / "small" / "cells" / cell.folder / "quickstart"
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        views = {view["name"]: view for view in report["views"]}
+        soft = views["soft_rounded"]
+        assert soft["digests"]["model"] == sha256_file(folder / "train" / f"{state}.safetensors")
+        assert (soft["size_bytes"], soft["latency_ms"]) == (None, None) and 0 < soft["map50_95"] < 1
+        assert soft["map50_95"] == pytest.approx(views["fake_quantized"]["map50_95"], abs=0.1)
+        assert soft["map50_95"] != views["fake_quantized"]["map50_95"]
+        assert [card["title"] for card in cards(report["views"])] == ["ONNX Runtime"]
+        assert all("soft_rounded" not in example["views"] for example in report["images"]["examples"])
 
 
 def test_the_command_goes_on_where_cells_are_finished_and_fails_with_them(small_matrix, qyolo):
@@ -202,9 +238,9 @@ def test_the_command_goes_on_where_cells_are_finished_and_fails_with_them(small_
     run_matrix(file, out=out)
     outcome = qyolo("matrix", file, "--out", out, "--json", "--quiet")
     assert outcome.code == 1
-    assert [cell["error"] is None for cell in outcome.json["cells"]] == [True, True, False]
+    assert [cell["error"] is None for cell in outcome.json["cells"]] == [True, True, True, False]
     assert (out / "small" / "table.md").read_text().count("\n| ") >= 4
     outcome = qyolo("matrix", file, "--out", out)
     assert outcome.code == 1
-    assert "1 of 3 cells failed; wrong, W4A8, seed 0" in outcome.stderr
+    assert "1 of 4 cells failed; wrong, W4A8, seed 0" in outcome.stderr
     assert "failed" in outcome.stdout and "EMA" not in outcome.stderr

@@ -3,6 +3,7 @@ import torch
 from helpers.training import IMGSZ, Stop, assert_same_state, without_times
 
 from qyolo_deploy.graph.fake_quantize import MIN_SCALE, Quantizer
+from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.layers import MIN_GAMMA, QuantConv
 from qyolo_deploy.qat.train import train_qat
 from qyolo_deploy.qat.train_float import train_float
@@ -62,6 +63,8 @@ def test_interrupted_quantization_aware_training_ends_the_same(qat, make_detecto
 
 # Within two steps, weights must have gone there and back.
 OSCILLATING = {"lr": 0.03, "final_lr": 1.0, "warmup_epochs": 0.0, "oscillation_momentum": 0.3}
+# Of six steps, weights are caught after the second to fifth, learn from the third on and are settled after the last.
+ROUNDING = {**OSCILLATING, "epochs": 3, "rounding": {"start": 0.3, "end": 0.9, "frequency": 0.2, "lr": 0.1}}
 SECTIONS = {
     "freezing and dampening": {
         **OSCILLATING,
@@ -106,6 +109,46 @@ def test_a_trained_model_needs_no_tracker(make_detector, train_scenes, tmp_path)
         assert torch.equal(integers[mask].round().to(torch.int8), frozen["raw/tracker.frozen_integer"][mask])
         start += mask.sum()
     assert start > 200
+
+
+@pytest.fixture(scope="module")
+def rounded(make_detector, train_scenes, tmp_path_factory):
+    """A run that learned roundings, and its checkpoint."""
+    checkpoint = tmp_path_factory.mktemp("rounded") / "checkpoint"
+    return run_qat(make_detector, train_scenes, checkpoint, train=ROUNDING), load_tensors(checkpoint)[0]
+
+
+@pytest.mark.parametrize(("after", "learns"), [(3, False), (5, True)])
+def test_interrupted_learning_of_roundings_ends_the_same(rounded, make_detector, train_scenes, tmp_path, after, learns):
+    """Cut when weights are caught but no offset has learned yet, and when the optimizer knows their moments."""
+    with pytest.raises(Stop):
+        run_qat(make_detector, train_scenes, tmp_path / "cut", after=after, train=ROUNDING)
+    tensors, info = load_tensors(tmp_path / "cut")
+    assert len(info["history"]) == after // 2 and tensors["raw/tracker.caught"].sum() > 100
+    count = len([name for name in tensors if name.startswith("raw/tracker.logits.")])
+    moments, final = ({name for name in part if name.startswith("optimizer/")} for part in (tensors, rounded[1]))
+    assert count and (moments == final) == learns
+    assert_same_result(run_qat(make_detector, train_scenes, tmp_path / "cut", train=ROUNDING), rounded[0])
+
+
+def test_learned_roundings_are_integers_of_both_states_that_freezing_the_model_gives(rounded):
+    result, tensors = rounded
+    mask, integers = tensors["raw/tracker.frozen"], tensors["raw/tracker.frozen_integer"]
+    assert mask.sum() > 200 and not tensors["raw/tracker.caught"].any()
+    assert result.model.tracker is None and not [name for name in result.raw if name.startswith("tracker")]
+    turned = integers[mask] != tensors["raw/tracker.base"][mask]
+    assert 0 < turned.sum() < len(turned) and any("rounding" in entry for entry in result.history)
+    average = {name: value.clone() for name, value in result.model.state_dict().items()}
+    try:
+        for state in (dict(result.raw), average):
+            result.model.load_state_dict(state)
+            layers = freeze(result.model, {}).layers
+            exported = torch.cat([torch.from_numpy(layers[name].weight).flatten() for name in result.model.convs()])
+            assert torch.equal(exported[mask], integers[mask])
+    finally:
+        result.model.load_state_dict(average)
+    shares = result.diagnostics.layers.values()
+    assert sum(layer["frozen"] * layer["weights"] for layer in shares) == pytest.approx(float(mask.sum()))
 
 
 def test_validation_during_training_sees_a_network_that_is_quantized_throughout(make_detector, train_scenes, tmp_path):

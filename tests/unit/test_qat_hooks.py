@@ -1,6 +1,7 @@
 """What happens in each step of quantization-aware training: stages, dampening, freezing, and what is recorded."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from qyolo_deploy.graph.fake_quantize import MIN_SCALE
 from qyolo_deploy.qat.hooks import QatHooks
 from qyolo_deploy.qat.oscillation import OscillationTracker
 from qyolo_deploy.qat.traces import LAYERS, Traces
+from qyolo_deploy.qat.train import parameter_groups
 from qyolo_deploy.recipe import TrainSection
 from qyolo_deploy.training.ema import Ema
+from qyolo_deploy.training.loop import Schedule
 
 BACKBONE = {"images", *(f"model.{number}" for number in range(6))}  # of the tiny YOLOv5; 6 to 13 are neck and head
 
@@ -94,6 +97,39 @@ def test_freezing_begins_at_its_start_with_a_falling_threshold(model):
             assert hooks.tracker.frozen[low & (frequency > threshold + 1e-6)].all()
         counts.append(int(hooks.tracker.frozen.sum()))
     assert counts[:4] == [0] * 4 and counts == sorted(counts) and counts[-1] > 1000 > counts[4]
+
+
+def test_roundings_are_learned_from_start_to_end(model):
+    """Weights are caught step by step, their undecidedness costs more and more, and in the end all are integers."""
+    rounding = {"start": 0.5, "end": 0.8, "frequency": 0.05, "regularizer": 0.2}
+    hooks = QatHooks(model, TrainSection(rounding=rounding, oscillation_momentum=0.1), 10)
+    tracker, told, counts = hooks.tracker, [], []
+    for step in range(1, 11):
+        told.append(hooks.gradients_ready((step - 1) / 10).get("rounding"))
+        shake(model, 1.0, step)
+        hooks.stepped(step / 10, dict(model.state_dict()))
+        counts.append((int(tracker.caught.sum()), int(tracker.frozen.sum())))
+        if 0.5 <= step / 10 < 0.8:
+            low = torch.cat(
+                [torch.full((c.weight.numel(),), c.quantizer.spec.bits <= 4) for c in model.convs().values()]
+            )
+            assert torch.equal(tracker.caught, tracker.caught | (low & (tracker.frequency > 0.05)))
+    caught = [count for count, _ in counts]
+    assert caught[:4] == [0] * 4 and 100 < caught[4] <= caught[5] <= caught[6] and caught[7:] == [0] * 3
+    assert [frozen for _, frozen in counts] == [0] * 7 + [caught[6]] * 3
+    assert told[:6] == [None] * 6 and 0 < told[6] < told[7] and told[8:] == [0.0, 0.0]
+
+
+def test_the_logits_of_roundings_have_a_group_of_their_own(model):
+    section = TrainSection(rounding={"start": 0.5, "lr": 0.08}, final_lr=0.0, weight_decay=0.1)
+    recipe = SimpleNamespace(train=section)
+    plain = parameter_groups(model, recipe)
+    hooks = QatHooks(model, section, 10)
+    *others, logits = parameter_groups(model, recipe)
+    assert [[id(p) for p in group.parameters] for group in others] == [[id(p) for p in g.parameters] for g in plain]
+    assert [id(p) for p in logits.parameters] == [id(p) for p in hooks.tracker.logits]
+    assert logits.weight_decay == 0.0
+    assert logits.lr * Schedule.of(section).factor(15, 10) == pytest.approx(0.08)
 
 
 def test_a_step_clamps_before_it_counts(model):

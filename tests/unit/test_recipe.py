@@ -209,6 +209,10 @@ def test_settings_that_cannot_be_applied_are_named(setting, words, write):
         ({"train": None}, "train: expected a mapping of keys, found None"),
         ({"train": {"epochs": "three"}}, "train.epochs: Input should be a valid integer"),
         ({"train": {"loss": {"logits": 0, "detections": 0}}}, "train.loss: expected a positive weight for labels"),
+        ({"train": {"rounding": {"start": 0.8, "end": 0.8}}}, "train.rounding: end: expected more than start, 0.8"),
+        ({"train": {"rounding": {"lr": 0}}}, "train.rounding.lr: Input should be greater than 0, found 0"),
+        ({"train": {"rounding": {}, "freezing": {}}}, "train: rounding: expected no freezing beside it"),
+        ({"train": {"rounding": {"start": 0.1}, "backbone_first": 0.2}}, "rounding.start: expected at least backbone_"),
         ({"name": "../up"}, "name: String should match pattern"),
         ({"name": 3}, "name: Input should be a valid string, found 3"),
         ({"model": {}}, "model: expected weights or architecture"),
@@ -239,12 +243,21 @@ def test_one_sentence_names_file_key_and_expectation(change, words, write):
         ({"op": "=="}, "gates.0.op: Input should be '>=', '<=', '>' or '<', found '=='"),
         ({"bound": float("nan")}, "gates.0.bound: Input should be a finite number"),
         ({"bond": 1}, "gates.0.bond: unknown key"),
+        ({"view": "soft_rounded"}, "gates.0.view: expected one of float, fake_quantized, onnxruntime, openvino"),
     ],
 )
 def test_gates_that_could_never_be_checked_are_refused_before_any_work(change, words, write):
     gate = {"view": "onnxruntime", "metric": "map50_95", "op": ">=", "bound": 0.1}
     assert load_recipe(write({**SMALL, "gates": [gate]})).gates[0].bound == 0.1
     assert words in refusal(write({**SMALL, "gates": [{**gate, **change}]}))
+
+
+def test_soft_rounding_is_a_view_of_what_training_left(write):
+    gate = {"view": "soft_rounded", "metric": "map50_95", "op": ">=", "bound": 0.1}
+    changes = {"validate": {"soft_rounding": True}, "gates": [gate]}
+    recipe = load_recipe(write({**SMALL, **changes, "correct": {"enabled": False}}))
+    assert recipe.views == ("float", "fake_quantized", "soft_rounded", "onnxruntime", "openvino")
+    assert "validate.soft_rounding: expected correct.enabled: false" in refusal(write({**SMALL, **changes}))
 
 
 @pytest.mark.parametrize(
