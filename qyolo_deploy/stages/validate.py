@@ -175,7 +175,7 @@ def _notes(context: StageContext) -> list[str]:
     if tensorrt := context.artifacts["export"].info.get("tensorrt"):
         notes += tensorrt_notes(tensorrt)
     if left := sum(gate.at == "device" for gate in context.recipe.gates):
-        notes.append(f"{left} gates are left to the device, where `qyolo engine build` checks them before it releases.")
+        notes.append(f"Gates left to the device: {left}; `qyolo engine build` checks them before it releases.")
     for target, ways in context.artifacts["export"].info["low_bit_activations"].items():
         if ways:
             notes.append(

@@ -247,6 +247,8 @@ def test_one_sentence_names_file_key_and_expectation(change, words, write):
         ({"op": "=="}, "gates.0.op: Input should be '>=', '<=', '>' or '<', found '=='"),
         ({"bound": float("nan")}, "gates.0.bound: Input should be a finite number"),
         ({"bond": 1}, "gates.0.bond: unknown key"),
+        ({"at": "device"}, "at device needs the view tensorrt"),
+        ({"view": "tensorrt", "at": "device", "confidence": 0.9}, "at device takes neither confidence"),
     ],
 )
 def test_gates_that_could_never_be_checked_are_refused_before_any_work(change, words, write):
