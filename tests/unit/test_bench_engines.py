@@ -7,6 +7,7 @@ from statistics import median
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from helpers.releases import write_detector
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,7 +230,12 @@ def test_a_peer_that_cannot_be_opened_keeps_its_row(folder, tmp_path):
 
 
 @pytest.fixture
-def plan(folder, tmp_path):
+def toy(tmp_path):
+    return write_detector(tmp_path / "toy.onnx")
+
+
+@pytest.fixture
+def plan(toy, tmp_path):
     """A TensorRT engine of another device, whose plan is the graph itself."""
     record = BuildRecord(
         flavor="tensorrt",
@@ -242,12 +248,12 @@ def plan(folder, tmp_path):
         hardware_compatibility="none",
         version_compatible=False,
     )
-    return write_engine(tmp_path, "net", (folder / "fixed.onnx").read_bytes(), {}, record)[0]
+    return write_engine(tmp_path, "net", toy.read_bytes(), {}, record)[0]
 
 
-def test_an_engine_of_tensorrt_that_cannot_run_here_has_a_note_and_no_number(folder, plan, monkeypatch):
+def test_an_engine_of_tensorrt_that_cannot_run_here_has_a_note_and_no_number(toy, plan, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    subjects = parse_engines([str(folder / "fixed.onnx"), str(plan), str(plan.with_suffix(".plan"))], ["f32"])
+    subjects = parse_engines([str(toy), str(plan), str(plan.with_suffix(".plan"))], ["f32"])
     assert [(subject.runtime, subject.hint) for subject in subjects] == [
         ("onnxruntime", None),
         *2 * [("tensorrt", None)],
@@ -268,14 +274,14 @@ def test_an_engine_of_tensorrt_that_cannot_run_here_has_a_note_and_no_number(fol
         parse_engines([f"{plan}@f16"], ["f32"])
 
 
-def test_where_it_runs_it_takes_its_turns(folder, plan, monkeypatch):
+def test_where_it_runs_it_takes_its_turns(toy, plan, monkeypatch):
     class StandIn(OnnxRuntimeRunner):
         def __init__(self, path, conf):
-            super().__init__(folder / "fixed.onnx", conf)
+            super().__init__(toy, conf)
             self.path, self.runtime = path, "tensorrt"
 
     monkeypatch.setattr(tensorrt_module, "TensorRtRunner", StandIn)
-    subjects = parse_engines([str(folder / "fixed.onnx"), str(plan)], ["f32"])
+    subjects = parse_engines([str(toy), str(plan)], ["f32"])
     result = run_bench(subjects, BenchEnginesSettings(64, rounds=2, runs=1, threads=1))
     row = result["rows"][1]
     assert len(row["round_ms"]) == 2 and row["note"] == ""
