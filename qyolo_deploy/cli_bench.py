@@ -55,7 +55,8 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @app.command()
 def engines(
     engines: Annotated[
-        list[str] | None, typer.Argument(help="Engine files; an OpenVINO folder may be followed by @bf16.")
+        list[str] | None,
+        typer.Argument(help="Engine files, TensorRT's too; an OpenVINO folder may be followed by @bf16."),
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="Engine or row to compare with; by default the first.")] = None,
     imgsz: Annotated[int, typer.Option(help="Side of the image in pixels.")] = 640,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qyolo_deploy.cli_output import Json, Quiet, make_table, stdout
+from qyolo_deploy.cli_release import SignKey, check_key
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.engines.tensorrt_runtime import Flavor
 from qyolo_deploy.errors import GateFailedError
@@ -23,15 +24,20 @@ def _group() -> None:
 def build(
     bundle: Annotated[Path, typer.Argument(help="A build, a release, its engines/tensorrt folder or build.json.")],
     data: Annotated[str | None, typer.Option(help="Dataset to measure the engine on; without it, it is built.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the engine; by default that of build.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of engine and release; by default build.json's, or RELEASE-tensorrt.")
+    ] = None,
     runtime: Annotated[Flavor | None, typer.Option(help="By default the one that is installed.")] = None,
+    sign_key: SignKey = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build a TensorRT engine from its build.json, measure it and check its gates; torch is not needed."""
+    """Build a TensorRT engine from its build.json, measure it, check its gates and release it; torch is not needed."""
     from qyolo_deploy.stages.device import build_on_device
 
-    result = build_on_device(bundle, data, out, runtime, Reporter(quiet))
+    if sign_key is not None:
+        check_key(sign_key)
+    result = build_on_device(bundle, data, out, runtime, Reporter(quiet), sign_key)
     facts = result.to_json()
     if not quiet:
         table = make_table("engine", "status", "mAP50-95", "p50 ms", "weights MB", "gates")
@@ -46,7 +52,7 @@ def build(
             f"{sum(gate.passed for gate in result.gates)}/{len(result.gates)} passed" if result.gates else "-",
         )
         stdout().print(table)
-        for path in (result.engine, result.plan):
+        for path in (result.engine, result.plan, *([] if result.release is None else [result.release])):
             stdout().print(str(path), markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(facts))

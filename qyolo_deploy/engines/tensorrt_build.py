@@ -31,14 +31,15 @@ class BuiltPlan:
     record: BuildRecord
 
 
-def build_plan(runtime: TensorRt, folder: Path, spec: BuildSpec, tick: Tick) -> BuiltPlan:
+def build_plan(runtime: TensorRt, folder: Path, spec: BuildSpec, tick: Tick, kept: Path | None = None) -> BuiltPlan:
     """Builds an engine.
 
     Args:
         runtime: TensorRT, which needs a GPU for it, or TensorRT-RTX, which does not.
-        folder: Where the specification's graph lies, and the timing cache is kept.
+        folder: Where the specification's graph lies.
         spec: What to build.
         tick: Called with the builder's steps.
+        kept: Folder of the timing cache; by default the graph's.
 
     Raises:
         InputError: If parser or builder refuse the graph; it names the node.
@@ -57,7 +58,7 @@ def build_plan(runtime: TensorRt, folder: Path, spec: BuildSpec, tick: Tick) -> 
     config.progress_monitor = _monitor(runtime.module, tick)
     _set_shapes(builder, config, network, spec)
     _set_options(runtime, builder, config, network, spec.options)
-    cache_file = _load_timings(runtime, config, folder, spec.options)
+    cache_file = _load_timings(runtime, config, kept or folder, spec.options)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise InputError(

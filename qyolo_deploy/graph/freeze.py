@@ -42,8 +42,14 @@ def freeze(model: PreparedModel, lineage: Mapping[str, str]) -> QuantizedModel:
 
 
 def activation_qparams(quantizer: Quantizer) -> QParams:
-    """Scale and zero point of an activation quantizer as numpy."""
+    """Scale and zero point of an activation quantizer as numpy.
+
+    Codes are unsigned, also of a grid around 0, whose zero point is the middle one: runtimes on CPUs are slow with
+    signed activations, and TensorRT's int8 has the same values.
+    """
     spec = quantizer.spec
+    if spec.signed:
+        return QParams.of(replace(spec, signed=False), _numpy(quantizer.scale), -spec.qmin)
     zero_point = zero_point_of(quantizer.scale, quantizer.offset, spec.qmin, spec.qmax)
     return QParams.of(spec, _numpy(quantizer.scale), _numpy(zero_point))
 

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from qyolo_deploy.graph.ops import Add, Concat, Mul, Rearrange, only_repeats
+from qyolo_deploy.graph.trace import INPUT
 from qyolo_deploy.quant.spec import LayerScheme, QuantScheme, QuantSpec
 
 INNER_BITS = 8
@@ -142,14 +143,18 @@ def place(traced: fx.GraphModule, scheme: QuantScheme, inside_activations: bool 
     }
     tensors = {name: group for name, group in tensors.items() if name not in unseen}
     bits = _group_bits(network, groups, layers)
+    inputs = {name: _input_of(network, groups, name) for name in layers}
+    read = {tensors[source] for source in inputs.values()}
+    aside = inner | {group for group in map(tensors.get, _image_and_maps(network)) if group not in read - {INPUT}}
     return Placement(
         layers=layers,
-        inputs={name: _input_of(network, groups, name) for name in layers},
+        inputs=inputs,
         groups=tensors,
         # In order of execution, not of a set: the order of parameters must be the same in every process, because
         # the optimizer's state in a checkpoint goes by it.
         specs={
-            group: _activation_spec(scheme, bits.get(group, INNER_BITS)) for group in dict.fromkeys(tensors.values())
+            group: _activation_spec(scheme, bits.get(group, INNER_BITS), group in aside)
+            for group in dict.fromkeys(tensors.values())
         },
         repeats=frozenset(
             str(node.target) for node in network.nodes if node.op == "call_module" and network.repeats(node)
@@ -224,8 +229,18 @@ def _is_product(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in (operator.mul, operator.matmul, torch.matmul)
 
 
-def _activation_spec(scheme: QuantScheme, bits: int) -> QuantSpec:
-    return QuantSpec(bits=bits, signed=scheme.activations.signed)
+def _image_and_maps(network: _Network) -> list[str]:
+    """Names of the image and of the raw head maps, which no integer kernel of TensorRT takes or gives."""
+    return [INPUT, *(str(network.owner(node).target) for node in network.nodes[-1].all_input_nodes)]
+
+
+def _activation_spec(scheme: QuantScheme, bits: int, is_aside: bool) -> QuantSpec:
+    """Signed where a symmetric grid is asked for and needed.
+
+    TensorRT computes with int8 around 0 alone. Fewer bits fit with any zero point; images and raw head maps stay
+    outside its integer kernels, and what is inside activations within one, so that these keep all of their levels.
+    """
+    return QuantSpec(bits=bits, signed=scheme.activations.signed and bits == INNER_BITS and not is_aside)
 
 
 def _inner_names(network: _Network) -> Iterable[str]:

@@ -79,6 +79,7 @@ def _moving_average(extremes: Sequence[Tensor]) -> Tensor:
 def _least_divergence(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     """The upper end whose grid keeps most of the distribution (Migacz 2017, "8-bit Inference with TensorRT")."""
     best, least = high, torch.inf
+    low = -high if spec.signed else low  # a symmetric grid spends levels there, whether there are values or not
     for step in range(CANDIDATES, 0, -1):
         end = low + (high - low) * step / CANDIDATES
         if end <= 0:

@@ -76,7 +76,8 @@ class QuantScheme:
 
     Args:
         weights: Grid of the weights of ordinary layers.
-        activations: Grid of the inputs of ordinary layers.
+        activations: Grid of the inputs of ordinary layers. Signed, it makes grids of 8 bits symmetric where integers
+            are computed with (see `place`); of fewer bits all grids fit int8 with zero point 0 as they are.
         first_last_bits: Bits of weights and inputs of the first and the last layers.
         overrides: Glob over layer names -> bits of weights and inputs; the last match wins.
         keep_float: Globs over layer names that are not quantized at all.

@@ -54,6 +54,8 @@ class Gate(Section):
         mode: That relation: `difference` (observed - reference) or `ratio` (observed / reference).
         confidence: The bound must hold for this share of the resampled images (paired bootstrap) rather than on the
             images as they are; accuracies only. A last release's number counts as exact.
+        at: Where it is checked: in the `build`, or by `qyolo engine build` on the `device` alone, where an engine of
+            TensorRT runs at last.
     """
 
     view: str
@@ -63,6 +65,15 @@ class Gate(Section):
     relative_to: str | None = None
     mode: Literal["difference", "ratio"] = "difference"
     confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
+    at: Literal["build", "device"] = "build"
+
+    @model_validator(mode="after")
+    def _check_place(self) -> "Gate":
+        if self.at == "device" and "tensorrt" not in (self.view, self.relative_to):
+            raise ValueError("at device needs the view tensorrt, the only one that is measured there")
+        if self.at == "device" and (self.confidence is not None or self.relative_to == LAST_RELEASE):
+            raise ValueError("at device takes neither confidence nor relative_to release, which are the build's alone")
+        return self
 
     @model_validator(mode="after")
     def _check_confidence(self) -> "Gate":

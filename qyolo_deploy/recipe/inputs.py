@@ -67,8 +67,10 @@ class ActivationsSection(Section):
     """Grid of the convolution inputs."""
 
     bits: Bits = 8
-    grid: Literal["asymmetric", "unsigned"] = Field(
-        "asymmetric", description="With a learned offset (LSQ+), or without one, which loses values below 0"
+    grid: Literal["asymmetric", "unsigned", "symmetric"] = Field(
+        "asymmetric",
+        description="With a learned offset (LSQ+); without one, which loses values below 0; or where it has 8 bits "
+        "around 0, as TensorRT needs it: what TensorRT computes is then what was trained, and other targets do too",
     )
 
 
@@ -104,8 +106,8 @@ class QuantizationSection(Section):
             weights=QuantSpec(
                 weights.bits, narrow_range=weights.narrow_range, granularity=weights.granularity, axis=axis
             ),
-            activations=QuantSpec(self.activations.bits, signed=False),
-            offset=self.activations.grid == "asymmetric",
+            activations=QuantSpec(self.activations.bits, signed=self.activations.grid == "symmetric"),
+            offset=self.activations.grid != "unsigned",
             first_last_bits=self.first_last_bits,
             overrides={glob: LayerScheme(entry.weights, entry.activations) for glob, entry in self.overrides.items()},
             keep_float=self.keep_float,

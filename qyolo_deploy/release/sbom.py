@@ -20,7 +20,6 @@ from packageurl import PackageURL
 from qyolo_deploy.artifact import sha256_file
 from qyolo_deploy.release.manifest import EngineEntry, ReleaseInfo
 
-SBOM_NAME: Final = "sbom.cdx.json"
 _MODEL = "model.safetensors"
 RUNNING: Final = (
     *("numpy", "onnxruntime", "openvino", "pycocotools", "faster-coco-eval", "opencv-python", "safetensors"),

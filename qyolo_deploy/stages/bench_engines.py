@@ -16,14 +16,16 @@ from qyolo_deploy.console import Tick
 from qyolo_deploy.engines.base import Runner, engine_files
 from qyolo_deploy.engines.openvino import OpenVinoRunner
 from qyolo_deploy.engines.openvino_kernels import kernel_table
-from qyolo_deploy.errors import InputError, QyoloError
+from qyolo_deploy.engines.tensorrt_runtime import FLAVORS, find_device
+from qyolo_deploy.errors import InputError, QyoloError, RuntimeMissingError
 from qyolo_deploy.stages.bench_engines_inputs import Images, calls_at_a_time, example_image, make_call
 from qyolo_deploy.stages.bench_engines_memory import peak_memory
 from qyolo_deploy.stages.bench_engines_subjects import BenchEnginesSettings, Subject, find_baseline
 from qyolo_deploy.stages.bench_engines_turns import load, summarize, take_turns
 from qyolo_deploy.validate.run import digest_engine
 
-_PACKAGES = ("onnxruntime", "openvino", "nncf", "ultralytics", "onnx", "torch", "numpy")
+_PACKAGES = ("onnxruntime", "openvino", *FLAVORS, "nncf", "ultralytics", "onnx", "torch", "numpy")
+_KINDS = ("onnx", "bin", "xml", "engine", "plan")
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,20 @@ def run_bench(
         "images_per_call": count * settings.batch,
         "image": None if image is None else str(image),
         "baseline": subjects[reference].label,
-        "environment": environment_fingerprint(_PACKAGES) | {"qyolo_deploy": __version__},
+        "environment": environment_fingerprint(_PACKAGES) | {"qyolo_deploy": __version__} | _gpu(),
         "cores": os.cpu_count(),
         "load_average": {"before": list(before), "after": list(os.getloadavg())},
         "rows": rows,
     }
 
 
+def _gpu() -> dict[str, str]:
+    device = find_device()
+    return {} if device is None else {"gpu": device.name, "driver": device.driver}
+
+
 def _open(subject: Subject, settings: BenchEnginesSettings, example: Images) -> tuple[Subject, _Opened | None]:
-    """The engine; where it is not required and cannot be opened, the row without one."""
+    """The engine; the row without one where it is not required, or is TensorRT's and not for this machine."""
     if subject.path is None:
         return subject, None
     try:
@@ -94,7 +101,8 @@ def _open(subject: Subject, settings: BenchEnginesSettings, example: Images) -> 
             raise InputError(f"{subject.path}: its input is fixed to {fixed[1]} x {fixed[0]} px, but imgsz is {imgsz}")
         opened.runner(example)
     except QyoloError as error:
-        if subject.required:
+        is_elsewhere = subject.runtime == "tensorrt" and isinstance(error, RuntimeMissingError)
+        if subject.required and not is_elsewhere:
             raise
         return Subject(subject.name, None, subject.runtime, subject.hint, str(error), required=False), None
     return subject, opened
@@ -176,7 +184,7 @@ def _sizes(path: Path) -> dict[str, int]:
     if path.suffix == ".xml":
         found = [path, path.with_suffix(".bin")]
     else:
-        found = [file for file in engine_files(path) if file.suffix in (".onnx", ".xml", ".bin")]
+        found = [file for file in engine_files(path) if file.suffix[1:] in _KINDS]
     return {file.suffix[1:]: file.stat().st_size for file in found if file.exists()}
 
 
@@ -189,7 +197,7 @@ def bench_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = ["-"] * (len(head) - 4)
         if "ratio" in row:
             ratio, sizes = row["ratio"], row["files"]
-            megabytes = " + ".join(f"{sizes[kind] / 1e6:.2f}" for kind in ("onnx", "bin", "xml") if kind in sizes)
+            megabytes = " + ".join(f"{sizes[kind] / 1e6:.2f}" for kind in _KINDS if kind in sizes)
             spread = f"{ratio['min']:.2f}..{ratio['max']:.2f}"
             cells = [f"{row['p50_ms']:.1f}", f"{ratio['median']:.2f}", spread]
             cells += [f"{row['p95_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{row['images_per_s']:.1f}"]
@@ -202,7 +210,8 @@ def bench_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def caption(result: Mapping[str, Any]) -> str:
     """One line on how and where it was measured."""
     machine, load_average = result["environment"], result["load_average"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("onnxruntime", "openvino") if name in machine)
+    told = ("onnxruntime", "openvino", *FLAVORS, "gpu")
+    versions = ", ".join(f"{name} {machine[name]}" for name in told if name in machine)
     threads = "the runtimes' choice" if result["threads"] is None else result["threads"]
     load_1min = "{:.1f} to {:.1f}".format(load_average["before"][0], load_average["after"][0])
     what = "inferences" if result["images_per_call"] == 1 else f"times {result['images_per_call']} images"

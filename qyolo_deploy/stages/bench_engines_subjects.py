@@ -10,6 +10,7 @@ from qyolo_deploy.errors import InputError
 
 HINTS = ("f32", "bf16", "f16")
 _SEPARATOR = "@"
+_RUNTIMES = {".onnx": "onnxruntime", ".engine": "tensorrt", ".plan": "tensorrt"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Subject:
     Args:
         name: What the row is called.
         path: The engine; None where there is none.
-        runtime: `onnxruntime` or `openvino`.
+        runtime: `onnxruntime`, `openvino` or `tensorrt`.
         hint: Precision that OpenVINO is asked to compute in.
         note: What a reader should know, or why there is no engine.
         required: Whether it is an error if the engine cannot be opened; else the row tells the reason.
@@ -88,8 +89,8 @@ def check_hints(hints: Sequence[str]) -> None:
 
 def with_hints(name: str, path: Path, hints: Sequence[str], note: str = "", required: bool = True) -> list[Subject]:
     """The rows of an engine: one, or for OpenVINO one for each precision hint."""
-    if path.suffix == ".onnx":
-        return [Subject(name, path, "onnxruntime", None, note, required)]
+    if (runtime := _RUNTIMES.get(path.suffix)) is not None:
+        return [Subject(name, path, runtime, None, note, required)]
     return [Subject(name, path, "openvino", hint, note, required) for hint in hints]
 
 
@@ -127,7 +128,7 @@ def _parse(text: str, hints: Sequence[str]) -> list[Subject]:
     engine = Path(path)
     if not engine.exists():
         raise InputError(f"{text}: no such engine")
-    if hint and engine.suffix == ".onnx":
+    if hint and engine.suffix in _RUNTIMES:
         raise InputError(f"{text}: only OpenVINO takes a precision hint")
     if hint:
         check_hints([hint])
@@ -155,7 +156,8 @@ def find_baseline(subjects: Sequence[Subject], text: str | None) -> int:
         if subjects[index].path is not None:
             return index
     if text is None:
-        raise InputError("there is no engine to measure", "Name one, or make some with --peers or --schemes.")
+        reason = next((f" ({subject.note})" for subject in subjects if subject.note), "")
+        raise InputError(f"there is no engine to measure{reason}", "Name one, or make some with --peers or --schemes.")
     if named:
         raise InputError(f"--baseline {text}: {subjects[named[0]].note}")
     raise InputError(f"--baseline {text}: expected one of {', '.join(subject.label for subject in subjects)}")

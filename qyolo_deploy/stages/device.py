@@ -1,7 +1,8 @@
 """Finishing a TensorRT engine on its device: built, measured and judged from a bundle, without the training stack."""
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,19 @@ from qyolo_deploy.atomic import write_atomic
 from qyolo_deploy.console import Reporter
 from qyolo_deploy.data.dataset import find_input, load_dataset
 from qyolo_deploy.data.records import DetectionDataset
-from qyolo_deploy.engines.base import open_engine
+from qyolo_deploy.engines.base import Runner, open_engine
 from qyolo_deploy.engines.tensorrt_build import build_plan
 from qyolo_deploy.engines.tensorrt_file import write_engine
 from qyolo_deploy.engines.tensorrt_runtime import Flavor, find_device, import_tensorrt
 from qyolo_deploy.engines.tensorrt_spec import BuildSpec, read_spec
 from qyolo_deploy.errors import InputError, RuntimeMissingError
+from qyolo_deploy.release.verify import VerifiedRelease, sign_release
+from qyolo_deploy.stages.device_release import REPORT_NAME, VIEW, source_release, write_device_release
 from qyolo_deploy.validate.gates import GateResult, check_gates
 from qyolo_deploy.validate.report import EvalReport
 from qyolo_deploy.validate.run import settings_for, validate_runner
 
-_VIEW = "tensorrt"
-_REPORT_NAME = "tensorrt_report.json"
+_RELEASE = "release"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class DeviceResult:
         record: Where it was built.
         report: Of the measured engine; None if it was only built.
         gates: Those of the recipe that name it; empty if it was only built.
+        release: Folder of the release; None if the engine was not measured, failed a gate, or came from no release.
     """
 
     engine: Path
@@ -40,6 +43,7 @@ class DeviceResult:
     record: dict[str, Any]
     report: EvalReport | None
     gates: tuple[GateResult, ...]
+    release: Path | None = None
 
     @property
     def passed(self) -> bool:
@@ -54,29 +58,38 @@ class DeviceResult:
             "record": self.record,
             "status": "built, not run" if self.report is None else "built",
             "views": [] if self.report is None else [self.report.to_json()],
-            "gates": [
-                {**result.gate.model_dump(), "passed": result.passed, "reason": result.reason} for result in self.gates
-            ],
+            "gates": [result.to_json() for result in self.gates],
             "passed": self.passed,
+            "release": None if self.release is None else str(self.release),
         }
 
 
 def build_on_device(
-    bundle: Path, data: str | None, out: Path | None, flavor: Flavor | None, reporter: Reporter
+    bundle: Path,
+    data: str | None,
+    out: Path | None,
+    flavor: Flavor | None,
+    reporter: Reporter,
+    sign_key: Path | None = None,
 ) -> DeviceResult:
-    """Builds the engine of a bundle, and measures it if there are data.
+    """Builds the engine of a bundle, measures it if there are data, and releases what was measured and passed.
 
     Args:
         bundle: A `build.json`, the folder with it, or a build or release with `engines/tensorrt/`.
         data: Dataset to measure on; None only builds.
-        out: Folder for the engine; by default that of the specification.
+        out: Folder for the engine, and for `release/` where the bundle is a release. By default that of the
+            specification; of a release, which stays as it is, `<release>-tensorrt` beside it.
         flavor: Which TensorRT; by default the installed one.
         reporter: Where progress goes.
+        sign_key: Private key (PEM) to sign the release with.
 
     Raises:
         InputError: If bundle or data are not usable, or the graph is refused.
+        IntegrityError: If the bundle is a release and not what its manifest says; nothing is written then.
         RuntimeMissingError: If TensorRT or what it needs are missing.
+        SelftestError: If the engine does not repeat itself.
     """
+    source = source_release(bundle)
     path, spec = read_spec(bundle)
     references = _references(path, spec)
     dataset = None if data is None else load_dataset(find_input(data), "val")
@@ -86,29 +99,61 @@ def build_on_device(
             f"{runtime.title} runs engines on a GPU only, and none was found",
             hint="Without --data the engine is built and not measured." if runtime.is_rtx else None,
         )
+    folder = _folder(out, path, source)
     with reporter.progress(f"building with {runtime.title}") as tick:
-        built = build_plan(runtime, path.parent, spec, tick)
-    engine, plan, _ = write_engine(out or path.parent, spec.name, built.plan, spec.metadata, built.record)
-    report = None if dataset is None else _measure(engine, spec, dataset, reporter)
-    gates = () if report is None else tuple(check_gates(spec.gates, references | {_VIEW: report}))
-    result = DeviceResult(engine, plan, built.record.model_dump(mode="json"), report, gates)
-    write_atomic(engine.with_name(_REPORT_NAME), json.dumps(result.to_json(), indent=1) + "\n")
-    return result
+        built = build_plan(runtime, path.parent, spec, tick, kept=folder)
+    files = write_engine(folder, spec.name, built.plan, spec.metadata, built.record)
+    result = DeviceResult(files[0], files[1], built.record.model_dump(mode="json"), None, ())
+    if dataset is not None:
+        runner = open_engine(files[0], conf=spec.validation.conf)
+        report = _measure(runner, spec, dataset, reporter)
+        result = replace(result, report=report, gates=tuple(check_gates(spec.gates, references | {VIEW: report})))
+    _write_report(folder, result)
+    if source is None or result.report is None or not result.passed:
+        return result
+    released = write_device_release(
+        folder / _RELEASE, source, spec, files, runner, built.record, result.report, result.gates
+    )
+    if sign_key is not None:
+        sign_release(released.path, sign_key)
+    return replace(result, release=released.path)
 
 
-def _measure(engine: Path, spec: BuildSpec, dataset: DetectionDataset, reporter: Reporter) -> EvalReport:
+def _folder(out: Path | None, spec: Path, source: VerifiedRelease | None) -> Path:
+    """Where to write; a release there of an earlier engine would look like this one's and is removed.
+
+    Raises:
+        InputError: If the source would be written over.
+    """
+    if source is None:
+        return out or spec.parent
+    folder = out or source.path.absolute().with_name(f"{source.path.absolute().name}-tensorrt")
+    origin = source.path.resolve()
+    if origin in (folder.resolve(), *folder.resolve().parents, (folder / _RELEASE).resolve()):
+        raise InputError(f"--out {folder}: expected a place beside {source.path}, which the engine is built from")
+    shutil.rmtree(folder / _RELEASE, ignore_errors=True)
+    return folder
+
+
+def _write_report(folder: Path, result: DeviceResult) -> None:
+    """Without places on this device's disk, as the file is released."""
+    facts = result.to_json() | {"engine": result.engine.name, "plan": result.plan.name}
+    del facts["release"]
+    write_atomic(folder / REPORT_NAME, json.dumps(facts, indent=1) + "\n")
+
+
+def _measure(runner: Runner, spec: BuildSpec, dataset: DetectionDataset, reporter: Reporter) -> EvalReport:
     section = spec.validation
-    runner = open_engine(engine, conf=section.conf)
     settings = settings_for(
         runner, spec.imgsz, conf=section.conf, iou=section.iou, max_det=section.max_det, rect=section.rect
     )
-    with reporter.progress(f"validating {engine.name}") as tick:
-        return validate_runner(runner, dataset, settings, name=_VIEW, latency_runs=section.latency_runs, progress=tick)
+    with reporter.progress(f"validating {runner.path.name}") as tick:
+        return validate_runner(runner, dataset, settings, name=VIEW, latency_runs=section.latency_runs, progress=tick)
 
 
 def _references(path: Path, spec: BuildSpec) -> dict[str, EvalReport]:
     """The views that gates compare with, from the report of the build or release around the specification."""
-    needed = {name for gate in spec.gates for name in (gate.view, gate.relative_to)} - {None, _VIEW}
+    needed = {name for gate in spec.gates for name in (gate.view, gate.relative_to)} - {None, VIEW}
     if not needed:
         return {}
     source = path.parent.parent.parent / "report.json"

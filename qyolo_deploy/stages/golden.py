@@ -75,27 +75,30 @@ def make_golden(
         height, width, _ = picture.image.shape
         inputs.append(GoldenInput(path=f"golden/input_{number}.u8", height=height, width=width, origin=picture.origin))
         files[inputs[-1].path] = picture.image.tobytes()
-    entries = []
-    for view, subject in engines.items():
-        results = []
-        for number, picture in enumerate(pictures):
-            result = run_engine(subject.runner, picture.image, thresholds)
-            results.append(_record(files, f"golden/{view}/input_{number}", number, result))
-        same, other, reason = tolerances(subject.scheme)
-        entries.append(
-            GoldenEngine(
-                view=view,
-                machine=describe_machine(subject.runner.runtime),
-                same_machine=same,
-                other_machine=other,
-                reason=reason,
-                results=tuple(results),
-            )
-        )
+    entries = [run_golden(files, view, subject, pictures, thresholds) for view, subject in engines.items()]
     golden = Golden(
         source=source, compared=_COMPARED, min_score=_MIN_SCORE, inputs=tuple(inputs), engines=tuple(entries)
     )
     return files | {GOLDEN_NAME: golden.to_text().encode()}
+
+
+def run_golden(
+    files: dict[str, bytes], view: str, subject: Subject, pictures: Sequence[Picture], thresholds: Postprocessing
+) -> GoldenEngine:
+    """Runs one engine on every picture, and adds what it made of them to the files."""
+    results = []
+    for number, picture in enumerate(pictures):
+        result = run_engine(subject.runner, picture.image, thresholds)
+        results.append(_record(files, f"golden/{view}/input_{number}", number, result))
+    same, other, reason = tolerances(subject.scheme)
+    return GoldenEngine(
+        view=view,
+        machine=describe_machine(subject.runner.runtime),
+        same_machine=same,
+        other_machine=other,
+        reason=reason,
+        results=tuple(results),
+    )
 
 
 def choose_pictures(

@@ -74,6 +74,8 @@ class Plan:
             found["weights"] = sha256(self.weights)
         if stage == "float" and self.architecture is not None and Path(self.architecture).is_file():
             found["architecture"] = sha256(Path(self.architecture))
+        if stage == "export" and "tensorrt" in self.recipe.export.targets:  # its build.json takes them to the device
+            found["proof"] = sha256_json([self.recipe.section(name) for name in ("validate", "gates")])
         if stage in ("export", "validate"):
             found |= {f"{name} version": version for name, version in package_versions(_RUNTIMES).items()}
             if "tensorrt" in self.recipe.export.targets:

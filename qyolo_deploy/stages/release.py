@@ -26,7 +26,8 @@ from qyolo_deploy.release.manifest import (
     RecipeRef,
     ReleaseInfo,
 )
-from qyolo_deploy.release.sbom import SBOM_NAME, sbom_text
+from qyolo_deploy.release.sbom import sbom_text
+from qyolo_deploy.release.sbom_engine import SBOM_NAME
 from qyolo_deploy.release.verify import VerifiedRelease, verify_release
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.golden import Subject, choose_pictures, make_golden

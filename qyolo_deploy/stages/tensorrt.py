@@ -142,7 +142,8 @@ def tensorrt_notes(info: dict[str, Any]) -> list[str]:
         worst = max(coarser.values())
         notes.append(
             f"TensorRT: {len(coarser)} of {info['tensors']} activations do not fit int8 without a zero point; their "
-            f"range is kept with steps up to {worst:.2f} times the trained ones: {', '.join(coarser)}."
+            f"range is kept with steps up to {worst:.2f} times the trained ones: {', '.join(coarser)}. "
+            "quantization.activations.grid: symmetric trains on grids that fit."
         )
     if floats := info["float_layers"]:
         notes.append(f"TensorRT: computed in float, with the trained integers as weights: {', '.join(floats)}.")

@@ -1,6 +1,6 @@
 """Stage `validate`: COCO mAP and latency of every view, gates, and the report."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from qyolo_deploy import __version__
@@ -100,7 +100,8 @@ def run(context: StageContext) -> StageOutput:
     resampled = {view: bootstrap(dataset, results) for view, results in found.items()}
     reports = {view: with_interval(report, reports["float"], resampled) for view, report in reports.items()}
     last = None if context.previous_release is None else read_release(context.previous_release)
-    results = check_gates(recipe.gates, reports, resampled, last)
+    here = [gate for gate in recipe.gates if gate.at == "build"]
+    results = check_gates(here, reports, resampled, last)
     report = _compose(context, reports, results)
     report["parity"] = shorten_numbers({view: told.to_json() for view, told in parity.items()})
     report["precision_recall"] = precision_recall({view: sample.classes for view, sample in resampled.items()})
@@ -149,7 +150,7 @@ def _compose(context: StageContext, reports: dict[str, EvalReport], results: lis
         "version": recipe.release.version,
         "created_with": __version__,
         "views": [report.to_json() for report in reports.values()],
-        "gates": [gate_to_json(result) for result in results],
+        "gates": [result.to_json() for result in results],
         "not_run": _not_run(context),
         "training": {"epochs": train["epochs"], "diagnostics": read_diagnostics(context.folder / "train")},
         "correction": {"steps": _numbered(context.artifacts["correct"].info["epochs"])},
@@ -185,6 +186,8 @@ def _notes(context: StageContext) -> list[str]:
         notes.append(f"Correction left {requantized} channels so faint that their weights needed a coarser grid.")
     if tensorrt := context.artifacts["export"].info.get("tensorrt"):
         notes += tensorrt_notes(tensorrt)
+    if left := sum(gate.at == "device" for gate in context.recipe.gates):
+        notes.append(f"Gates left to the device: {left}; `qyolo engine build` checks them before it releases.")
     for target, ways in context.artifacts["export"].info["low_bit_activations"].items():
         if ways:
             notes.append(
@@ -225,9 +228,3 @@ def _inner_note(context: StageContext, inner: frozenset[str]) -> str:
         f"OpenVINO rounds inside activations as ONNX Runtime does, since few bits cannot do without ({told}): the "
         "activation is a kernel of its own then. Training for OpenVINO alone (export.targets) fuses it."
     )
-
-
-def gate_to_json(result: GateResult) -> dict[str, Any]:
-    """A gate and its outcome as one flat object."""
-    outcome = {key: value for key, value in asdict(result).items() if key != "gate"}
-    return {**result.gate.model_dump(), **outcome}

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,11 @@ class GateResult:
     reason: str
     at_confidence: float | None = None
     missed_by: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The gate and its outcome as one flat object."""
+        outcome = {key: value for key, value in asdict(self).items() if key != "gate"}
+        return {**self.gate.model_dump(exclude={"at"}), **outcome}
 
 
 def check_gates(

@@ -93,6 +93,32 @@ def test_a_gate_on_an_engine_that_was_not_run_fails(finished, monkeypatch):
     build(tiny, gates(GRAPH))
 
 
+def test_trained_for_tensorrt_alone_its_graph_computes_what_was_trained(tiny_build, tmp_path, monkeypatch):
+    """Around 0, and with nothing rounded inside activations: neither coarser steps nor other codes are left."""
+    tiny = replace(tiny_build, out=shutil.copytree(tiny_build.out, tmp_path / "out"))
+    hide(monkeypatch, "tensorrt", "tensorrt_rtx")
+    result = build(tiny, "export.targets=[tensorrt]", "quantization.activations.grid=symmetric", gates(GRAPH))
+    assert result.passed
+    views = {view["name"]: view for view in result.views}
+    assert set(views) == {"float", "fake_quantized", GRAPH}
+    assert views[GRAPH]["map50_95"] == pytest.approx(views["fake_quantized"]["map50_95"], abs=0.002)
+    assert not any("do not fit int8" in note for note in tiny.report["quantization"]["notes"])
+    verify_release(tiny.folder / "release")
+
+
+def test_a_gate_that_is_left_to_the_device_goes_there_with_the_release(finished, monkeypatch):
+    tiny, _ = finished
+    hide(monkeypatch, "tensorrt", "tensorrt_rtx")
+    gate = '{view: tensorrt, metric: map50_95, op: ">=", bound: -0.01, relative_to: fake_quantized, at: device}'
+    result = build(tiny, f"gates=[{gate}]")
+    assert result.passed and result.gates == ()
+    assert verify_release(tiny.folder / "release").manifest.gates == ()
+    spec = json.loads((tiny.folder / "release" / "engines" / "tensorrt" / "build.json").read_text())
+    assert [(one["view"], one["bound"], one["at"]) for one in spec["gates"]] == [("tensorrt", -0.01, "device")]
+    assert any(note.startswith("Gates left to the device: 1;") for note in tiny.report["quantization"]["notes"])
+    build(tiny, gates(GRAPH))
+
+
 def test_the_table_names_it(finished, capsys):
     from qyolo_deploy.cli import _print_build
 
@@ -129,7 +155,11 @@ def test_the_engine_is_finished_from_the_release_without_the_training_stack(fini
     assert found["record"]["gpu"] is None and found["record"]["weights_bytes"] > 0
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {f"{NAME}.engine", f"{NAME}.plan", f"{NAME}.plan.json", "tensorrt_report.json"}
-    assert json.loads((tmp_path / "tensorrt_report.json").read_text()) == found
+    assert found["release"] is None  # what was not measured is not released
+    told = {**found, "engine": f"{NAME}.engine", "plan": f"{NAME}.plan"}
+    del told["release"]
+    assert json.loads((tmp_path / "tensorrt_report.json").read_text()) == told
+    verify_release(tiny.folder / "release")  # which stays as it was
 
 
 def test_measuring_without_a_gpu_is_refused_before_anything_is_built(finished, qyolo, tmp_path):

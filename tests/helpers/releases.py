@@ -1,6 +1,9 @@
 """Releases around a detector so small that its file is written by hand."""
 
+import shutil
+
 import numpy as np
+import yaml
 from onnx import TensorProto, helper, numpy_helper, save
 
 from qyolo_deploy.artifact import sha256_file
@@ -53,6 +56,21 @@ def write_detector(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
     return path
+
+
+def make_dataset(root):
+    """Scenes of which only the first two classes are told, as the detector has no more; `two.yaml` names them."""
+    from qyolo_deploy.data.synthetic import generate
+
+    source = generate(root, seed=0, train_images=1, val_images=4, imgsz=IMGSZ)
+    shutil.rmtree(root / "annotations")  # they tell six classes
+    described = yaml.safe_load(source.read_text())
+    described["names"] = {0: "striped disc", 1: "dotted disc"}
+    for labels in (root / "labels").rglob("*.txt"):
+        lines = [line for line in labels.read_text().splitlines() if int(line.split()[0]) < 2]
+        labels.write_text("".join(f"{line}\n" for line in lines))
+    (root / "two.yaml").write_text(yaml.safe_dump(described))
+    return root
 
 
 def write_raw_detector(path):
@@ -108,13 +126,15 @@ def make_info(recipe_sha256, **changes):
     return ReleaseInfo(**{**fields, **changes})
 
 
-def make_release(folder, change=None, seed=0):
+def make_release(folder, change=None, seed=0, more=None, **changes):
     """A release with golden vectors of its detector.
 
     Args:
         folder: Where to work; the release is `folder / "release"`.
         change: Is given the golden files by path, and may change them before they are released.
         seed: Of the detector that is released; the golden vectors are of seed 0.
+        more: Further files by path.
+        changes: What else the manifest says, see `ReleaseInfo`.
     """
     from qyolo_deploy.stages.golden import Subject, choose_pictures, make_golden
 
@@ -126,5 +146,5 @@ def make_release(folder, change=None, seed=0):
     golden = make_golden({"onnxruntime": Subject(runner, "w4a8")}, pictures, THRESHOLDS, "generated")
     if change is not None:
         change(golden)
-    files = {"recipe.yaml": recipe, ENGINE: write_detector(folder / "toy.onnx", seed), **golden}
-    return write_release(folder / "release", files, make_info(sha256_file(recipe)))
+    files = {"recipe.yaml": recipe, ENGINE: write_detector(folder / "toy.onnx", seed), **golden, **(more or {})}
+    return write_release(folder / "release", files, make_info(sha256_file(recipe), **changes))

@@ -1,15 +1,20 @@
 """`qyolo bench engines`: turns and ratios, what it refuses, what its table and JSON tell. Nothing asserts a time."""
 
 import importlib.util
+import sys
 from statistics import median
 
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from helpers.releases import write_detector
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qyolo_deploy.engines import tensorrt as tensorrt_module
+from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
 from qyolo_deploy.engines.openvino import build_openvino
+from qyolo_deploy.engines.tensorrt_file import BuildRecord, write_engine
 from qyolo_deploy.errors import InputError, QyoloError
 from qyolo_deploy.recipe_file import load_recipe
 from qyolo_deploy.stages import bench_engines_peers as peers_module
@@ -222,6 +227,66 @@ def test_a_peer_that_cannot_be_opened_keeps_its_row(folder, tmp_path):
     assert "cannot load it" in result["rows"][0]["note"] and "ratio" not in result["rows"][0]
     head, rows = bench_table(result)
     assert rows[0][3:11] == ["-"] * 8 and len(rows[0]) == len(head)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return write_detector(tmp_path / "toy.onnx")
+
+
+@pytest.fixture
+def plan(toy, tmp_path):
+    """A TensorRT engine of another device, whose plan is the graph itself."""
+    record = BuildRecord(
+        flavor="tensorrt",
+        tensorrt="10.3.0",
+        gpu="Orin",
+        compute_capability="8.7",
+        driver="CUDA 12.6",
+        onnx_sha256="a" * 64,
+        weights_bytes=1000,
+        hardware_compatibility="none",
+        version_compatible=False,
+    )
+    return write_engine(tmp_path, "net", toy.read_bytes(), {}, record)[0]
+
+
+def test_an_engine_of_tensorrt_that_cannot_run_here_has_a_note_and_no_number(toy, plan, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    subjects = parse_engines([str(toy), str(plan), str(plan.with_suffix(".plan"))], ["f32"])
+    assert [(subject.runtime, subject.hint) for subject in subjects] == [
+        ("onnxruntime", None),
+        *2 * [("tensorrt", None)],
+    ]
+    result = run_bench(subjects, BenchEnginesSettings(64, rounds=2, runs=1, threads=1))
+    for row in result["rows"][1:]:
+        assert set(row) == {"name", "path", "runtime", "precision_hint", "note"}
+        assert row["note"] == "TensorRT is not installed"
+    _, rows = bench_table(result)
+    assert [row[:2] + row[-1:] for row in rows[1:]] == [
+        ["net.engine", "tensorrt", "TensorRT is not installed"],
+        ["net.plan", "tensorrt", "TensorRT is not installed"],
+    ]
+    assert set(rows[1][3:-1]) == {"-"}
+    with pytest.raises(InputError, match=r"no engine to measure \(TensorRT is not installed\)"):
+        run_bench(subjects[1:], BenchEnginesSettings(64, rounds=2, runs=1))
+    with pytest.raises(InputError, match="only OpenVINO takes a precision hint"):
+        parse_engines([f"{plan}@f16"], ["f32"])
+
+
+def test_where_it_runs_it_takes_its_turns(toy, plan, monkeypatch):
+    class StandIn(OnnxRuntimeRunner):
+        def __init__(self, path, conf):
+            super().__init__(toy, conf)
+            self.path, self.runtime = path, "tensorrt"
+
+    monkeypatch.setattr(tensorrt_module, "TensorRtRunner", StandIn)
+    subjects = parse_engines([str(toy), str(plan)], ["f32"])
+    result = run_bench(subjects, BenchEnginesSettings(64, rounds=2, runs=1, threads=1))
+    row = result["rows"][1]
+    assert len(row["round_ms"]) == 2 and row["note"] == ""
+    assert row["files"] == {"engine": plan.stat().st_size} and row["size_bytes"] == plan.stat().st_size
+    assert f"{plan.stat().st_size / 1e6:.2f}" in bench_table(result)[1][1]
 
 
 def test_throughput_of_batches_and_peak_memory(folder):

@@ -113,9 +113,12 @@ def test_ends_of_other_bits(placed):
     assert placement.layers["stem.0"] == LayerScheme(5, 5)
 
 
-def test_signed_activations(placed):
+def test_symmetric_activations_are_those_of_8_bits_between_integer_kernels(placed):
     _, placement = placed(QuantScheme(QuantSpec(8), QuantSpec(8)))
-    assert all(spec.signed for spec in placement.specs.values())
+    signed = {group for group, spec in placement.specs.items() if spec.signed}
+    assert signed == {"stem.2.mul", "a.2.mul", "c.2.mul", "b.2.mul"}
+    _, placement = placed(QuantScheme(QuantSpec(4), QuantSpec(6)))
+    assert {group for group, spec in placement.specs.items() if spec.signed} == {"a.2.mul", "b.2.mul", "c.2.mul"}
 
 
 def test_a_glob_that_matches_nothing_is_refused(placed):

@@ -84,6 +84,14 @@ def test_sections_become_the_scheme_that_places_quantizers(write):
     assert scheme.keep_float == ("*.9",)
 
 
+@pytest.mark.parametrize(
+    ("grid", "signed", "offset"), [("asymmetric", False, True), ("unsigned", False, False), ("symmetric", True, True)]
+)
+def test_a_grid_s_name_tells_its_levels_and_its_offset(write, grid, signed, offset):
+    scheme = load_recipe(write({**SMALL, "quantization": {"activations": {"grid": grid}}})).quantization.scheme()
+    assert (scheme.activations.signed, scheme.offset) == (signed, offset)
+
+
 def test_recipes_are_read_without_torch(write):
     code = "import sys; from pathlib import Path; from qyolo_deploy import load_recipe; load_recipe(Path(sys.argv[1]))"
     code += "; print(sorted({'torch', 'ultralytics', 'onnx', 'cv2'} & set(sys.modules)))"
@@ -244,6 +252,8 @@ def test_one_sentence_names_file_key_and_expectation(change, words, write):
         ({"bound": float("nan")}, "gates.0.bound: Input should be a finite number"),
         ({"bond": 1}, "gates.0.bond: unknown key"),
         ({"view": "soft_rounded"}, "gates.0.view: expected one of float, fake_quantized, onnxruntime, openvino"),
+        ({"at": "device"}, "at device needs the view tensorrt"),
+        ({"view": "tensorrt", "at": "device", "confidence": 0.9}, "at device takes neither confidence"),
     ],
 )
 def test_gates_that_could_never_be_checked_are_refused_before_any_work(change, words, write):

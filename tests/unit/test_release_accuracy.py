@@ -1,14 +1,10 @@
 """`qyolo validate RELEASE`: what the manifest says is what is done, or it is refused."""
 
-import shutil
-
 import numpy as np
 import pytest
-import yaml
-from helpers.releases import ENGINE, IMGSZ, THRESHOLDS, make_info, write_detector
+from helpers.releases import ENGINE, IMGSZ, THRESHOLDS, make_dataset, make_info, write_detector
 
 from qyolo_deploy.artifact import sha256_file
-from qyolo_deploy.data.synthetic import generate
 from qyolo_deploy.device.accuracy import validate_release
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.release.bundle import write_release
@@ -19,17 +15,7 @@ from qyolo_deploy.validate.run import validate
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Scenes of which only the first two classes are told, as the detector has no more."""
-    root = tmp_path_factory.mktemp("scenes") / "data"
-    source = generate(root, seed=0, train_images=1, val_images=4, imgsz=IMGSZ)
-    shutil.rmtree(root / "annotations")  # they tell six classes
-    described = yaml.safe_load(source.read_text())
-    described["names"] = {0: "striped disc", 1: "dotted disc"}
-    for labels in (root / "labels").rglob("*.txt"):
-        lines = [line for line in labels.read_text().splitlines() if int(line.split()[0]) < 2]
-        labels.write_text("".join(f"{line}\n" for line in lines))
-    (root / "two.yaml").write_text(yaml.safe_dump(described))
-    return root
+    return make_dataset(tmp_path_factory.mktemp("scenes") / "data")
 
 
 @pytest.fixture
