@@ -6,7 +6,15 @@ import yaml
 from pydantic import Field, model_validator
 
 from qyolo_deploy.recipe.base import Positive, Section
-from qyolo_deploy.recipe.checks import LAST_RELEASE, PER_CLASS, Gate, ReleaseSection, ValidateSection
+from qyolo_deploy.recipe.checks import (
+    LAST_RELEASE,
+    PER_CLASS,
+    Gate,
+    ReleaseSection,
+    SensitivityMetric,
+    SensitivitySection,
+    ValidateSection,
+)
 from qyolo_deploy.recipe.engines import TENSORRT_GRAPH, ExportSection, NmsSection, TensorRtSection
 from qyolo_deploy.recipe.inputs import SYNTHETIC, DataSection, ModelSection, QuantizationSection
 from qyolo_deploy.recipe.training import (
@@ -32,6 +40,8 @@ __all__ = [
     "Positive",
     "Recipe",
     "Section",
+    "SensitivityMetric",
+    "SensitivitySection",
     "TensorRtSection",
     "TrainSection",
     "TrainingSection",

@@ -8,7 +8,17 @@ from qyolo_deploy.recipe.base import Fraction, Positive, Section
 
 LAST_RELEASE = "release"
 PER_CLASS = "per_class."
+SensitivityMetric = Literal["sqnr", "map", "loss"]
 _RESAMPLED = ("map50_95", "map50", "map75", "map_small", "map_medium", "map_large")
+
+
+class SensitivitySection(Section):
+    """How it is measured what the quantization of each tensor alone costs."""
+
+    metric: SensitivityMetric = Field(
+        "sqnr", description="SQNR of the raw head maps; mAP50-95 lost or detection loss gained cost far more time"
+    )
+    images: Positive = Field(8, description="Of the validation split, evenly spread")
 
 
 class ValidateSection(Section):
@@ -22,8 +32,15 @@ class ValidateSection(Section):
     parity_images: Annotated[int, Field(ge=0)] = Field(
         2, description="Images on which each engine is compared with the fake-quantized model layer by layer"
     )
+    sensitivity: SensitivitySection | None = Field(
+        None,
+        description="Have the report tell what each tensor's quantization costs; what `qyolo sensitivity` has "
+        "measured on the same grids and images is not measured again",
+    )
     last_release: str | None = Field(
-        None, description="Folder of the last release, or its report.json, for gates `relative_to: release`"
+        None,
+        description="Folder of the last release, or its report.json, for gates `relative_to: release`; not of the "
+        "release that this build replaces",
     )
 
     @property

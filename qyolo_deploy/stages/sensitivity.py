@@ -8,11 +8,13 @@ from typing import Any, Literal, get_args
 from qyolo_deploy.console import Tick
 from qyolo_deploy.data.dataset import find_input
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.recipe import SensitivityMetric as Metric
 from qyolo_deploy.stages.compare_views import build_side
 
-Metric = Literal["sqnr", "map", "loss"]
 Kind = Literal["weights", "activations"]
 _ROWS = 30
+FOLDER = "sensitivity"
+"""Of a build, for what is measured of it."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def sensitivity(
     images: int = 8,
     metric: Metric = "sqnr",
     progress: Tick | None = None,
+    kept: Path | None = None,
 ) -> Sensitivity:
     """Quantizes one part of a build's float model at a time and measures what that does to its outputs.
 
@@ -99,6 +102,8 @@ def sensitivity(
         metric: `sqnr` of the raw head maps; `map` or `loss` measure mAP50-95 or the detection loss as well, and rank
             by it.
         progress: Called with steps done and in total.
+        kept: File in which each number is kept as soon as it is measured, so that the same measurement goes on where
+            it was interrupted.
 
     Raises:
         InputError: If the build or the data are not usable.
@@ -106,7 +111,7 @@ def sensitivity(
     if metric not in get_args(Metric):
         raise InputError(f"--metric {metric}: expected one of {', '.join(get_args(Metric))}")
     measured: Sensitivity = build_side("sensitivity_measure", "sensitivity").measure_build(
-        Path(build), find_input(data), images, metric, progress
+        Path(build), find_input(data), images, metric, progress, kept
     )
     return measured
 
