@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from qyolo_deploy.console import Tick
 from qyolo_deploy.data.dataset import find_input
 from qyolo_deploy.errors import InputError
-from qyolo_deploy.recipe import SensitivityMetric as Metric
+from qyolo_deploy.recipe import SensitivityMetric
 from qyolo_deploy.stages.compare_views import build_side
 
 Kind = Literal["weights", "activations"]
@@ -66,7 +66,7 @@ class Sensitivity:
         layer_bits: Layer name -> bits of its weights and of what it reads.
     """
 
-    metric: Metric
+    metric: SensitivityMetric
     images: int
     baseline: float | None
     costs: tuple[Cost, ...]
@@ -86,7 +86,7 @@ def sensitivity(
     build: str | Path,
     data: str | Path,
     images: int = 8,
-    metric: Metric = "sqnr",
+    metric: SensitivityMetric = "sqnr",
     progress: Tick | None = None,
     kept: Path | None = None,
 ) -> Sensitivity:
@@ -108,8 +108,8 @@ def sensitivity(
     Raises:
         InputError: If the build or the data are not usable.
     """
-    if metric not in get_args(Metric):
-        raise InputError(f"--metric {metric}: expected one of {', '.join(get_args(Metric))}")
+    if metric not in get_args(SensitivityMetric):
+        raise InputError(f"--metric {metric}: expected one of {', '.join(get_args(SensitivityMetric))}")
     measured: Sensitivity = build_side("sensitivity_measure", "sensitivity").measure_build(
         Path(build), find_input(data), images, metric, progress, kept
     )

@@ -20,10 +20,10 @@ from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.models.registry import load_detector
 from qyolo_deploy.qat.train import calibrated
-from qyolo_deploy.recipe import LossSection, Recipe, SensitivitySection
+from qyolo_deploy.recipe import LossSection, Recipe, SensitivityMetric, SensitivitySection
 from qyolo_deploy.stages.compare import prepared, spread
 from qyolo_deploy.stages.compare_views import build_recipe
-from qyolo_deploy.stages.sensitivity import Cost, Metric, Part, Sensitivity
+from qyolo_deploy.stages.sensitivity import Cost, Part, Sensitivity
 from qyolo_deploy.stages.sensitivity_kept import Kept
 from qyolo_deploy.stages.views import TorchRunner, eval_settings
 from qyolo_deploy.training.loader import Loader
@@ -36,7 +36,7 @@ _VERSION = 1
 
 
 def measure_build(
-    build: Path, data: Path, images: int, metric: Metric, progress: Tick | None, kept: Path | None
+    build: Path, data: Path, images: int, metric: SensitivityMetric, progress: Tick | None, kept: Path | None
 ) -> Sensitivity:
     """See `sensitivity`."""
     section = SensitivitySection(metric=metric, images=images)
@@ -87,7 +87,7 @@ def measure(
     detector: Detector,
     dataset: DetectionDataset,
     recipe: Recipe,
-    metric: Metric = "sqnr",
+    metric: SensitivityMetric = "sqnr",
     progress: Tick | None = None,
     kept: Kept | None = None,
 ) -> Sensitivity:
@@ -213,7 +213,7 @@ def _power(values: Tensor) -> float:
 
 
 def _scorer(
-    model: PreparedModel, detector: Detector, dataset: DetectionDataset, recipe: Recipe, metric: Metric
+    model: PreparedModel, detector: Detector, dataset: DetectionDataset, recipe: Recipe, metric: SensitivityMetric
 ) -> Callable[[Quantizer | None], float]:
     """A function that tells how good the model is with one quantizer, or with none; more is better."""
     if metric == "map":
