@@ -1,5 +1,6 @@
 """One quantizer at a time: its cost beside a computation of its own, and the overrides that follow."""
 
+import json
 import math
 
 import numpy as np
@@ -172,15 +173,18 @@ def test_a_broken_file_of_kept_numbers_is_begun_anew(tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["map", "loss"])
-def test_scores_are_kept_one_by_one(metric, model, pico, scenes, recipe, monkeypatch, tmp_path, calls):
+def test_scores_are_kept_one_by_one(metric, model, pico, scenes, recipe, monkeypatch, tmp_path):
     few = dict(list(parts_of(model).items())[:3])
     monkeypatch.setattr("qyolo_deploy.stages.sensitivity_measure.parts_of", lambda _: few)
     path = tmp_path / "measured.json"
     with pytest.raises(Stopped):
         measure(model, pico, scenes, recipe, metric, stop_at(2 + 2), Kept(path, "model"))
-    before = len(calls)
+    before = json.loads(path.read_text())["numbers"]
     found = measure(model, pico, scenes, recipe, metric, kept=Kept(path, "model"))
-    assert len(calls) - before == 2 * 2  # two of three parts, on two images
+    after = json.loads(path.read_text())["numbers"]
+    # Head maps of two images in float and with each part; the float model's score, and that of the first part.
+    assert len(before) == 2 * (1 + 3) + 1 + 1 and len(after) == len(before) + 2
+    assert before.items() <= after.items()
     assert found == measure(model, pico, scenes, recipe, metric)
 
 
