@@ -47,7 +47,7 @@ def bars(section: Mapping[str, Any], most: int) -> Chart:
     """
     parts, metric = section["parts"], str(section.get("metric"))
     shown = [
-        Bar(f"{part['name']} {part['kind']}", f"c-{part['kind']}", max(_height(part, metric), 0.0), _text(part, metric))
+        Bar(str(part["name"]), f"c-{part['kind']}", max(_height(part, metric), 0.0), _text(part, metric))
         for part in parts[:most]
     ]
     which = f" (the {most} greatest of {len(parts)})" if len(parts) > most else ""
@@ -92,7 +92,7 @@ def _height(part: Part, metric: str) -> float:
 
 def _text(part: Part, metric: str) -> str:
     unit = "" if metric in _LOSSES else " dB"
-    return f"{part['bits']} bits, {_cost(part, metric)}{unit}"
+    return f"{'W' if part['kind'] == 'weights' else 'A'}{part['bits']}, {_cost(part, metric)}{unit}"
 
 
 def _cost(part: Part, metric: str) -> str:

@@ -259,7 +259,7 @@ def test_what_others_measure_is_shown_where_it_is_there(tmp_path):
         "41.3",
         "0.999950",
         "on the grids that training starts from; 8 validation images, on which the float model has mAP50-95 31.12.",
-        "model.1.conv weights 4 bits, 3.75",  # what a bar tells
+        "model.1.conv W4, 3.75",  # what a bar tells
         "model.1.conv weights 4 18.2 3.75",  # a row of the table of all tensors
         "Weights alone: mAP50-95 lost, points",
         "Input alone: mAP50-95 lost, points",
@@ -282,7 +282,7 @@ def test_costs_by_sqnr_are_noise_as_a_share_of_the_signal(tmp_path):
     report = {**make_report(), "sensitivity": make_sensitivity("sqnr")}
     text = render(tmp_path, report)
     page = Page(text)
-    for told in ("8 validation images.", "model.1.conv weights 4 bits, 18.2 dB", "model.0.act activations 8 31.0"):
+    for told in ("8 validation images.", "model.1.conv W4, 18.2 dB", "model.0.act activations 8 31.0"):
         assert told in page.text
     cells = re.findall(r"<td>([^<]*)</td>", text[text.index(">model.1.conv</th>") :])
     assert cells[6:8] == ["18.2", "31.0"]  # the last columns of the table of layers

@@ -150,10 +150,11 @@ def test_what_decides_a_number_decides_what_is_measured_again(model, found, pico
     measure(model, pico, scenes, recipe, kept=Kept(path, "model"))
     calls.clear()
     scale = model.convs()[LAYER].quantizer.scale
+    original = scale.detach().clone()
     with torch.no_grad():
         scale.mul_(1.25)
         changed = measure(model, pico, scenes, recipe, kept=Kept(path, "model"))
-        scale.div_(1.25)
+        scale.copy_(original)
     assert len(calls) == 2 * 2  # of each image the float maps, and those with the other grid
     before, after = ({cost.part: cost.sqnr_db for cost in one.costs} for one in (found, changed))
     assert [part.name for part in before if before[part] != after[part]] == [LAYER]
