@@ -221,12 +221,13 @@ def validate(
     evaluator: Annotated[
         Literal["faster", "pycocotools"], typer.Option(help="faster-coco-eval, or the reference: the same figures.")
     ] = "faster",
+    latency_runs: Annotated[int, typer.Option(min=1, help="Timed inferences of one image, for latencies.")] = 10,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure COCO mAP and latency of any engine file, or of an engine of a release as its manifest says."""
     if cli_release.is_release(engine):
-        cli_release.validate(context, engine, data, view, as_json, quiet)
+        cli_release.validate(context, engine, data, view, latency_runs, as_json, quiet)
         return
     if view is not None:
         raise InputError(f"--engine {view}: {engine} is no release, expected a folder with a manifest.json")
@@ -241,6 +242,7 @@ def validate(
             iou,
             precision_hint=precision_hint,
             evaluator=evaluator,
+            latency_runs=latency_runs,
             progress=tick,
         ).to_json()
     if not quiet:

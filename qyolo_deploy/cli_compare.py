@@ -69,13 +69,19 @@ def sensitivity(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Rank tensors by what the quantization of each one alone costs."""
+    """Rank tensors by what the quantization of each one alone costs.
+
+    What is measured is kept, so that the same command goes on where it was interrupted; a build with
+    validate.sensitivity takes it over into its report.
+    """
     from qyolo_deploy.stages import sensitivity as work
     from qyolo_deploy.stages.sensitivity_files import write_sensitivity
+    from qyolo_deploy.stages.sensitivity_kept import MEASURED
 
+    folder = out or build / work.FOLDER
     with Reporter(quiet).progress("sensitivity") as tick:
-        found = work.sensitivity(build, data, images, metric, tick)  # type: ignore[arg-type]
-    files = write_sensitivity(found, out or build / "sensitivity")
+        found = work.sensitivity(build, data, images, metric, tick, folder / MEASURED)  # type: ignore[arg-type]
+    files = write_sensitivity(found, folder)
     lines = work.override_lines(found, worst)
     if not quiet:
         _print(

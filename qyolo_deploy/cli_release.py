@@ -67,7 +67,15 @@ def verify_any(path: Path, key: Path | None) -> "VerifiedRelease":
     return verify_packed(path, key) if path.name.endswith(SUFFIX) and not path.is_dir() else verify_release(path, key)
 
 
-def validate(context: typer.Context, release: Path, data: str, engine: str | None, as_json: bool, quiet: bool) -> None:
+def validate(
+    context: typer.Context,
+    release: Path,
+    data: str,
+    engine: str | None,
+    latency_runs: int,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """`qyolo validate` of a release: sizes, thresholds and hints are its manifest's."""
     from qyolo_deploy.device.accuracy import validate_release
     from qyolo_deploy.release.verify import verify_release
@@ -80,7 +88,7 @@ def validate(context: typer.Context, release: Path, data: str, engine: str | Non
             raise InputError(f"--{option}: the manifest of {release} says how it is validated", hint)
     verified = verify_release(release)
     with Reporter(quiet).progress(f"validating {release.name}") as tick:
-        check = validate_release(verified, data, engine, progress=tick)
+        check = validate_release(verified, data, engine, latency_runs=latency_runs, progress=tick)
     if not quiet:
         table = make_table("engine", "metric", "here", "released", "data")
         for metric, released in check.released.items():

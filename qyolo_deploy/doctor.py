@@ -135,7 +135,7 @@ _PACKAGES = (
     ),
     _Package("faster-coco-eval", "1.7", "", "mAP"),
     _Package("pycocotools", "2.0.8", "", "mAP by the reference"),
-    _Package("opencv-python", "4.10", "", "reading images"),
+    _Package("opencv-python", "4.11", "", "reading images"),
     _Package("torch", "2.12", "build", "training and export"),
     _Package("ultralytics", "8.4.190", "build", "training and export"),
     _Package("onnx", "1.19", "build", "export"),

@@ -62,7 +62,7 @@ STAGES = (
     ),
     Stage(
         "validate",
-        10,
+        11,
         "validate",
         ("name", "model", "correct", "export", "validate", "gates", "release"),
         ("data", "float", "train", "correct", "export"),
@@ -181,6 +181,12 @@ def _build_first(
     if until not in _BEFORE_ENGINES:
         check_targets(loaded.export.targets)
     folder = out / loaded.name
+    if plan.release is not None and plan.release.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"{recipe}: validate.last_release: {plan.release} is this build's own release, which it replaces, "
+            "expected one that is kept elsewhere",
+            hint="Copy the release that is to be compared with.",
+        )
     with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
         return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share, device).run(until, force)
 

@@ -31,16 +31,17 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     """
     data = _read_bytes(path)
     # OpenCV 4 fills the missing part of a cut JPEG with grey and says nothing. A marker cannot occur within
-    # entropy-coded data, so that in a whole file the last scan is followed by an end marker.
-    if data.startswith(_JPEG_START) and data.rfind(_JPEG_END) < data.rfind(_JPEG_SCAN):
+    # entropy-coded data, so that in a whole file the last scan is followed by an end marker, mostly as its last bytes.
+    is_ended = data.endswith(_JPEG_END) or data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
+    if data.startswith(_JPEG_START) and not is_ended:
         raise InputError(f"{path}: the image is cut off (a JPEG without its end marker)")
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error:
         image = None
     if image is None:
         raise InputError(f"{path}: the image is corrupt or of an unknown format")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), np.uint8)
+    return np.asarray(image, np.uint8)
 
 
 def read_size(path: Path) -> tuple[int, int]:

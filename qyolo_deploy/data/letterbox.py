@@ -76,9 +76,11 @@ def letterbox(
 def to_tensor(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Turn uint8 `[H, W, 3]` into the network's input, float32 `[1, 3, H, W]` in 0..1."""
     planes = np.empty((1, 3, *image.shape[:2]), np.float32)
-    # Channel by channel, which reads and writes memory in order, takes half as long as a transposed copy.
+    # Channel by channel, which reads and writes memory in order, takes half as long as a transposed copy; a division
+    # that converts as it goes takes twice as long as both in turn.
     for plane, channel in zip(planes[0], cv2.split(image), strict=True):
-        np.divide(channel, np.float32(255), out=plane, dtype=np.float32)
+        plane[...] = channel
+    planes /= np.float32(255)
     return planes
 
 

@@ -12,7 +12,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.release.manifest import Manifest, Preprocessing
 from qyolo_deploy.release.verify import VerifiedRelease
 from qyolo_deploy.validate.report import EvalReport
-from qyolo_deploy.validate.run import settings_for, validate_runner
+from qyolo_deploy.validate.run import LATENCY_RUNS, settings_for, validate_runner
 
 _METRICS = ("map50_95", "map50", "map75")
 
@@ -41,6 +41,7 @@ def validate_release(
     data: str | Path,
     engine: str | None = None,
     split: str = "val",
+    latency_runs: int = LATENCY_RUNS,
     progress: Callable[[int, int], None] | None = None,
 ) -> AccuracyCheck:
     """Measures COCO mAP and latency of an engine of a release, fed and read as its manifest says.
@@ -50,6 +51,7 @@ def validate_release(
         data: Dataset YAML, its folder or a COCO JSON.
         engine: View; by default the first that is not the float baseline.
         split: Split of the dataset.
+        latency_runs: Inferences of one image whose times count.
         progress: Called with images done and in total.
 
     Raises:
@@ -76,7 +78,7 @@ def validate_release(
         max_det=thresholds.max_det,
         rect=manifest.preprocessing.letterbox == "rect",
     )
-    report = validate_runner(runner, dataset, settings, name=entry.view, progress=progress)
+    report = validate_runner(runner, dataset, settings, name=entry.view, latency_runs=latency_runs, progress=progress)
     same_data = report.digests["data"] in entry.validated_on.values()
     return AccuracyCheck(report, {key: entry.metrics[key] for key in _METRICS if key in entry.metrics}, same_data)
 

@@ -165,8 +165,8 @@ def dequantize_weight(graph: ir.Graph, name: str, integers: ir.Value, scale: ir.
     ONNX Runtime may change int8 weights to uint8 where a processor lacks VNNI, and where such weights have no zero
     points and the convolution stays float it adds a single one, which it then refuses (1.32).
     """
-    assert scale.shape is not None
-    zeros = constant(graph, f"{name}.weight_zero_point", np.zeros(tuple(scale.shape), np.int8))
+    assert scale.const_value is not None
+    zeros = constant(graph, f"{name}.weight_zero_point", np.zeros(scale.const_value.numpy().shape, np.int8))
     return add_node(graph, "DequantizeLinear", [integers, scale, zeros], f"{name}.weight_dequantized", {"axis": 0})
 
 

@@ -13,6 +13,8 @@ from qyolo_deploy.recipe.checks import (
     TORCH_VIEWS,
     Gate,
     ReleaseSection,
+    SensitivityMetric,
+    SensitivitySection,
     ValidateSection,
 )
 from qyolo_deploy.recipe.engines import TENSORRT_GRAPH, ExportSection, NmsSection, TensorRtSection
@@ -42,6 +44,8 @@ __all__ = [
     "Positive",
     "Recipe",
     "Section",
+    "SensitivityMetric",
+    "SensitivitySection",
     "TensorRtSection",
     "TrainSection",
     "TrainingSection",

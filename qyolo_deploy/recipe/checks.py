@@ -11,7 +11,17 @@ SOFT_ROUNDED = "soft_rounded"
 TORCH_VIEWS = ("fake_quantized", SOFT_ROUNDED)
 """Views that are computed in torch; every view but these is an engine."""
 PER_CLASS = "per_class."
+SensitivityMetric = Literal["sqnr", "map", "loss"]
 _RESAMPLED = ("map50_95", "map50", "map75", "map_small", "map_medium", "map_large")
+
+
+class SensitivitySection(Section):
+    """How it is measured what the quantization of each tensor alone costs."""
+
+    metric: SensitivityMetric = Field(
+        "sqnr", description="SQNR of the raw head maps; mAP50-95 lost or detection loss gained cost far more time"
+    )
+    images: Positive = Field(8, description="Of the validation split, evenly spread")
 
 
 class ValidateSection(Section):
@@ -30,8 +40,15 @@ class ValidateSection(Section):
         description="Also measure the trained model with weights near a rounding threshold left unrounded, as the view "
         "`soft_rounded`: a diagnostic of oscillations, which no engine can hold",
     )
+    sensitivity: SensitivitySection | None = Field(
+        None,
+        description="Have the report tell what each tensor's quantization costs; what `qyolo sensitivity` has "
+        "measured on the same grids and images is not measured again",
+    )
     last_release: str | None = Field(
-        None, description="Folder of the last release, or its report.json, for gates `relative_to: release`"
+        None,
+        description="Folder of the last release, or its report.json, for gates `relative_to: release`; not of the "
+        "release that this build replaces",
     )
 
     @property

@@ -195,7 +195,8 @@ def dot_plot(rows: Sequence[tuple[str, Sequence[Dot]]], *, title: str) -> str:
             ends = [dot.value for dot in dots]
             axes.plot([min(ends), max(ends)], [row, row], color=SOFT, linewidth=0.8)
             for rank, dot in enumerate(dots):
-                name = mark(dot.style, f"{label}, {dot.label}: {dot.value:.2f}".replace("-", "−"))
+                value = f"{dot.value:.2f}".replace("-", "−")
+                name = mark(dot.style, f"{label}, {dot.label}: {value}")
                 look: dict[str, Any] = {
                     "markersize": max(5.5, 11.0 - 2.4 * rank),
                     "markeredgewidth": 2.0,

@@ -1,16 +1,17 @@
 """What the report tells of the classes: average precisions, and precision over recall."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from qyolo_deploy.recipe import TORCH_VIEWS
 from qyolo_deploy.release.charts import Dot, Trace, dot_plot, trace_chart
-from qyolo_deploy.release.report_text import fixed, to_number, view_style, view_title
+from qyolo_deploy.release.report_text import fixed, points, to_number, view_style, view_title
 from qyolo_deploy.release.report_views import View, float_view
 
 _MOST_CLASSES = 24
 _MOST_CURVES = 12
 _SMALL = (190.0, 150.0)
+_ALL = "All classes"
 
 
 def _class_precision(view: View, name: str) -> float | None:
@@ -68,7 +69,7 @@ def _dots(
 
 
 def precision_recall(curves: Mapping[str, Any], views: Sequence[View]) -> dict[str, Any] | None:
-    """Draw precision over recall, of all classes and of those whose average precision fell most.
+    """Draw precision over recall: of all classes and of each in one chart to choose from, and side by side.
 
     Args:
         curves: The section of `report.json`: `iou`, `recall`, and `views` with `mean` and `per_class`.
@@ -77,35 +78,58 @@ def precision_recall(curves: Mapping[str, Any], views: Sequence[View]) -> dict[s
     shown = {name: found for name, found in (curves.get("views") or {}).items() if name not in TORCH_VIEWS}
     if not shown or not curves.get("recall"):
         return None
-    classes = [name for name in _by_loss(views) if all(name in found["per_class"] for found in shown.values())]
-    small = [
-        (name, _chart(curves, {view: f["per_class"][name] for view, f in shown.items()}, name)) for name in classes
-    ]
-    caption = f"All classes, IoU {curves.get('iou', 0.5):g}"
+    losses = {name: lost for name, lost in _losses(views) if all(name in f["per_class"] for f in shown.values())}
+    drawn = {name: {view: found["per_class"][name] for view, found in shown.items()} for name in losses}
+    every = {_ALL: {view: found["mean"] for view, found in shown.items()}, **drawn}
     return {
-        "overall": (caption, _chart(curves, {view: found["mean"] for view, found in shown.items()}, caption, False)),
-        "classes": small[:_MOST_CURVES],
-        "total": len(next(iter(shown.values()))["per_class"]),
+        "chart": _chart_of_all(curves, every),
+        "choices": [_choice(name, losses.get(name), shown, views) for name in every],
+        "iou": f"{curves.get('iou', 0.5):g}",
+        "side_by_side": [(name, _small_chart(curves, drawn[name], name)) for name in [*drawn][:_MOST_CURVES]],
+        "total": len(drawn),
         "legend": [(view_title(view), view_style(view)) for view in shown],
     }
 
 
-def _by_loss(views: Sequence[View]) -> list[str]:
-    """Rank the classes by what the worst view loses of their average precision."""
+def _losses(views: Sequence[View]) -> list[tuple[str, float]]:
+    """Classes and what the worst view loses of their average precision, in points; the greatest loss first."""
     base = float_view(views)
-    losses = {}
+    losses = []
     for name in (base or {}).get("per_class") or {}:
         values = [_class_precision(view, name) for view in views]
         known = [value for value in values if value is not None]
-        losses[name] = (_class_precision(base or {}, name) or 0.0) - min(known, default=0.0)
-    return sorted(losses, key=lambda name: -losses[name])[:_MOST_CURVES]
+        losses.append((name, (_class_precision(base or {}, name) or 0.0) - min(known, default=0.0)))
+    return sorted(losses, key=lambda entry: -entry[1])
 
 
-def _chart(curves: Mapping[str, Any], precision: Mapping[str, Sequence[float]], title: str, small: bool = True) -> str:
+def _choice(name: str, lost: float | None, shown: Container[object], views: Sequence[View]) -> dict[str, Any]:
+    """Tell of one choice its name, its loss and the average precision of each view."""
+    told = []
+    for view in filter(lambda view: view.get("name") in shown, views):
+        value = points(view.get("map50_95"), decimals=1) if name == _ALL else fixed(_class_precision(view, name), 1)
+        told.append(f"{view_title(view.get('name'))} {value}")
+    return {
+        "name": name,
+        "change": None if lost is None else fixed(-lost, 1, signed=True),
+        "told": f"{'mAP' if name == _ALL else 'AP'}50-95: {', '.join(told)}",
+    }
+
+
+def _chart_of_all(curves: Mapping[str, Any], every: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Draw the curves of all choices over each other; the style sheet shows those of the chosen one."""
     traces = [
-        Trace(view_style(view), list(zip(curves["recall"], values, strict=True)), label=view_title(view))
+        _trace(curves, view, values, f" pr pr{index}", f"{name}, {view_title(view)}")
+        for index, (name, precision) in enumerate(every.items())
         for view, values in precision.items()
     ]
-    labels = {"x_label": "" if small else "recall", "y_label": "" if small else "precision"}
-    size = _SMALL if small else (380.0, 280.0)
-    return trace_chart(traces, title=f"Precision over recall: {title}", limits=(0.0, 1.0), size=size, **labels)
+    labels = {"x_label": "recall", "y_label": "precision"}
+    return trace_chart(traces, title="Precision over recall", limits=(0.0, 1.0), size=(380.0, 280.0), **labels)
+
+
+def _small_chart(curves: Mapping[str, Any], precision: Mapping[str, Sequence[float]], name: str) -> str:
+    traces = [_trace(curves, view, values, "", view_title(view)) for view, values in precision.items()]
+    return trace_chart(traces, title=f"Precision over recall: {name}", limits=(0.0, 1.0), size=_SMALL, x_label="")
+
+
+def _trace(curves: Mapping[str, Any], view: str, values: Sequence[float], choice: str, label: str) -> Trace:
+    return Trace(view_style(view) + choice, list(zip(curves["recall"], values, strict=True)), label=label)

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qyolo_deploy.release.charts import Bar, Chart, Trace, bar_chart, trace_chart
+from qyolo_deploy.release.charts import Chart, Trace, trace_chart
+from qyolo_deploy.release.report_sensitivity import layer_columns, sensitivity
 from qyolo_deploy.release.report_text import NOTHING, fixed, list_facts, scalar, to_number, view_style, view_title
 from qyolo_deploy.release.report_views import Table
 
-_MOST_LAYERS = 20
 _EQUAL_DB = 200.0  # stands for two tensors that do not differ at all
 
 Layer = Mapping[str, Any]
@@ -17,18 +17,18 @@ Layer = Mapping[str, Any]
 def quantization(report: Mapping[str, Any]) -> dict[str, Any] | None:
     """Describe the quantized layers, with parity and sensitivity where the report has them."""
     section = report.get("quantization") or {}
-    parity, sensitivity = report.get("parity") or {}, report.get("sensitivity") or {}
-    if not (section or parity or sensitivity):
+    parity, costs = report.get("parity") or {}, report.get("sensitivity") or {}
+    if not (section or parity or costs):
         return None
     layers = section.get("layers") or []
     facts = list_facts(section, leave_out=["layers", "notes"])
     return {
         "facts": facts + ([("bits of weights / inputs", _bits(layers))] if layers else []),
         "notes": section.get("notes") or [],
-        "table": _layers_table(layers, parity, sensitivity),
+        "table": _layers_table(layers, parity, costs),
         "parity": [_parity(view, found) for view, found in parity.items()],
         "parity_charts": _parity_charts(parity),
-        "sensitivity": _sensitivity_chart(sensitivity),
+        "sensitivity": sensitivity(costs),
     }
 
 
@@ -55,7 +55,7 @@ def _by_name(section: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {str(layer.get("name")): layer.get(key) for layer in section.get("layers") or []}
 
 
-def _layers_table(layers: Sequence[Layer], parity: Mapping[str, Any], sensitivity: Mapping[str, Any]) -> Table | None:
+def _layers_table(layers: Sequence[Layer], parity: Mapping[str, Any], costs: Mapping[str, Any]) -> Table | None:
     if not layers:
         return None
     columns: list[tuple[str, Any]] = [
@@ -72,10 +72,8 @@ def _layers_table(layers: Sequence[Layer], parity: Mapping[str, Any], sensitivit
     for view, found in parity.items():
         noise = _by_name(found, "sqnr_db")
         columns.append((f"SQNR {view_title(view)}, dB", lambda layer, noise=noise: _db(noise.get(layer.get("name")))))
-    if sensitivity:
-        losses = _by_name(sensitivity, "loss")
-        title = f"Sensitivity ({sensitivity.get('metric')})"
-        columns.append((title, lambda layer: _significant(losses.get(str(layer.get("name"))))))
+    for title, told in layer_columns(costs):
+        columns.append((title, lambda layer, told=told: told.get(str(layer.get("name")), NOTHING)))
     rows = [[str(layer.get("name")), *(write(layer) for _, write in columns)] for layer in layers]
     return ["Layer", *(title for title, _ in columns)], rows
 
@@ -119,14 +117,3 @@ def _parity_charts(parity: Mapping[str, Any]) -> list[Chart]:
     is_equal = any(db >= _EQUAL_DB for trace in traces for _, db in trace.points)
     caption = f"SQNR of each layer, dB{f' ({_EQUAL_DB:.0f}: equal)' if is_equal else ''}, from the first to the last"
     return [(caption, trace_chart(traces, title=caption, x_label="layer"))]
-
-
-def _sensitivity_chart(sensitivity: Mapping[str, Any]) -> Chart | None:
-    known = [(name, loss) for name, value in _by_name(sensitivity, "loss").items() if (loss := to_number(value))]
-    known = sorted((entry for entry in known if entry[1] > 0), key=lambda entry: -entry[1])
-    if not known:
-        return None
-    bars = [Bar(name, "c-raw", loss, f"{loss:.3g}") for name, loss in known[:_MOST_LAYERS]]
-    which = f": the {len(bars)} greatest of {len(known)}" if len(bars) < len(known) else ""
-    caption = f"Loss by quantizing one layer alone ({sensitivity.get('metric')}){which}"
-    return caption, bar_chart(bars, title=caption)

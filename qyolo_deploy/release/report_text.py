@@ -53,12 +53,12 @@ def fixed(value: float | None, decimals: int, unit: str = "", signed: bool = Fal
     return f"{rounded:{'+' if signed else ''}.{decimals}f}".replace("-", "−") + unit
 
 
-def points(value: object, signed: bool = False) -> str:
+def points(value: object, signed: bool = False, decimals: int = 2) -> str:
     """Write an accuracy, a fraction in the report, in points; COCO's -1 for "no such objects" is a dash."""
     fraction = to_number(value)
     if fraction is None or (fraction < 0 and not signed):
         return NOTHING
-    return fixed(fraction * 100, 2, signed=signed)
+    return fixed(fraction * 100, decimals, signed=signed)
 
 
 def megabytes(value: object, unit: str = "", signed: bool = False) -> str:

@@ -8,11 +8,13 @@ from typing import Any, Literal, get_args
 from qyolo_deploy.console import Tick
 from qyolo_deploy.data.dataset import find_input
 from qyolo_deploy.errors import InputError
+from qyolo_deploy.recipe import SensitivityMetric
 from qyolo_deploy.stages.compare_views import build_side
 
-Metric = Literal["sqnr", "map", "loss"]
 Kind = Literal["weights", "activations"]
 _ROWS = 30
+FOLDER = "sensitivity"
+"""Of a build, for what is measured of it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Sensitivity:
         layer_bits: Layer name -> bits of its weights and of what it reads.
     """
 
-    metric: Metric
+    metric: SensitivityMetric
     images: int
     baseline: float | None
     costs: tuple[Cost, ...]
@@ -84,8 +86,9 @@ def sensitivity(
     build: str | Path,
     data: str | Path,
     images: int = 8,
-    metric: Metric = "sqnr",
+    metric: SensitivityMetric = "sqnr",
     progress: Tick | None = None,
+    kept: Path | None = None,
 ) -> Sensitivity:
     """Quantizes one part of a build's float model at a time and measures what that does to its outputs.
 
@@ -99,14 +102,16 @@ def sensitivity(
         metric: `sqnr` of the raw head maps; `map` or `loss` measure mAP50-95 or the detection loss as well, and rank
             by it.
         progress: Called with steps done and in total.
+        kept: File in which each number is kept as soon as it is measured, so that the same measurement goes on where
+            it was interrupted.
 
     Raises:
         InputError: If the build or the data are not usable.
     """
-    if metric not in get_args(Metric):
-        raise InputError(f"--metric {metric}: expected one of {', '.join(get_args(Metric))}")
+    if metric not in get_args(SensitivityMetric):
+        raise InputError(f"--metric {metric}: expected one of {', '.join(get_args(SensitivityMetric))}")
     measured: Sensitivity = build_side("sensitivity_measure", "sensitivity").measure_build(
-        Path(build), find_input(data), images, metric, progress
+        Path(build), find_input(data), images, metric, progress, kept
     )
     return measured
 

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qyolo_deploy.atomic import write_atomic
-from qyolo_deploy.release.charts import Bar, bar_chart
+from qyolo_deploy.release.report_sensitivity import bars
 from qyolo_deploy.stages.sensitivity import Cost, Sensitivity
 
+# What the page gives its charts.
 _STYLE = (
-    "<style>text{font-family:sans-serif;fill:#222}.grid{stroke:#ddd}.axis{stroke:#888}"
-    ".weights{fill:#2563eb}.activations{fill:#d97706}</style>"
+    "<style>svg{--ink:#17202b;--soft:#566372;--grid:#e8ecf0;--card:#fff}text{font-family:sans-serif}"
+    ".c-weights{--c:#2563eb}.c-activations{--c:#b8690a}</style>"
 )
 _BARS = 40
-_UNITS = {
-    "map": "points of mAP50-95 lost",
-    "loss": "detection loss gained",
-    "sqnr": "noise in the head maps, per mille",
-}
 
 
 def write_sensitivity(found: Sensitivity, folder: Path) -> list[Path]:
@@ -45,24 +41,7 @@ def _csv(costs: Sequence[Cost]) -> str:
 
 
 def _svg(found: Sensitivity) -> str:
-    """Bars of the most costly parts: of mAP, of the loss, or of noise power as a share of the signal's."""
-    shown = found.costs[:_BARS]
-    bars = [
-        Bar(f"{cost.part.name} {cost.part.kind}", cost.part.kind, max(_height(cost, found), 0.0), _text(cost, found))
-        for cost in shown
-    ]
-    title = f"What quantizing each tensor alone costs: {_UNITS[found.metric]}, {found.images} images"
-    svg = bar_chart(bars, title=title, pitch=22.0).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    _, chart = bars(found.to_json(), _BARS)
+    svg = chart.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     start = svg.index(">") + 1
     return svg[:start] + _STYLE + svg[start:]
-
-
-def _height(cost: Cost, found: Sensitivity) -> float:
-    if cost.lost is None:
-        return float(1000 * 10 ** (-cost.sqnr_db / 10))
-    return cost.lost * 100 if found.metric == "map" else cost.lost
-
-
-def _text(cost: Cost, found: Sensitivity) -> str:
-    value = f"{_height(cost, found):.3g}" if cost.lost is not None else f"{cost.sqnr_db:.1f} dB"
-    return f"{cost.part.bits} bits, {value}"

@@ -1,14 +1,18 @@
 """How `qyolo sensitivity` measures: the quantizers of a calibrated model, switched on one at a time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qyolo_deploy.artifact import sha256_file, sha256_json
 from qyolo_deploy.console import Tick
-from qyolo_deploy.data.dataset import load_dataset, take_images
+from qyolo_deploy.data.dataset import digest_dataset, load_dataset, take_images
 from qyolo_deploy.data.records import DetectionDataset
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.graph.fake_quantize import Quantizer
@@ -16,28 +20,61 @@ from qyolo_deploy.graph.prepare import PreparedModel
 from qyolo_deploy.models.base import Detector
 from qyolo_deploy.models.registry import load_detector
 from qyolo_deploy.qat.train import calibrated
-from qyolo_deploy.recipe import LossSection, Recipe
+from qyolo_deploy.recipe import LossSection, Recipe, SensitivityMetric, SensitivitySection
 from qyolo_deploy.stages.compare import prepared, spread
 from qyolo_deploy.stages.compare_views import build_recipe
-from qyolo_deploy.stages.sensitivity import Cost, Metric, Part, Sensitivity
+from qyolo_deploy.stages.sensitivity import Cost, Part, Sensitivity
+from qyolo_deploy.stages.sensitivity_kept import Kept
 from qyolo_deploy.stages.views import TorchRunner, eval_settings
 from qyolo_deploy.training.loader import Loader
 from qyolo_deploy.training.losses import make_step
 from qyolo_deploy.validate.evaluate import evaluate
 from qyolo_deploy.validate.parity import sqnr_db
 
+_VERSION = 1
+"""Raised when the same model, grids and images would give other numbers."""
 
-def measure_build(build: Path, data: Path, images: int, metric: Metric, progress: Tick | None) -> Sensitivity:
+
+def measure_build(
+    build: Path, data: Path, images: int, metric: SensitivityMetric, progress: Tick | None, kept: Path | None
+) -> Sensitivity:
     """See `sensitivity`."""
-    recipe = build_recipe(build)
+    section = SensitivitySection(metric=metric, images=images)
+    return measure_float(build, build_recipe(build), load_dataset(data, "train"), data, section, progress, kept)
+
+
+def measure_float(
+    build: Path,
+    recipe: Recipe,
+    calibration: DetectionDataset,
+    data: Path,
+    section: SensitivitySection,
+    progress: Tick | None,
+    kept: Path | None,
+) -> Sensitivity:
+    """Measures the float model of a build.
+
+    Args:
+        build: Its folder.
+        recipe: Its recipe.
+        calibration: The images that set the scales.
+        data: Dataset whose validation split is measured on.
+        section: The metric, and how many images.
+        progress: Called with steps done and in total.
+        kept: File of what is measured already.
+
+    Raises:
+        InputError: The build has no float model yet, or `kept` cannot be written.
+    """
     checkpoint = build / "float" / "model.safetensors"
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint}: is missing", hint="qyolo build --until float")
     dataset = load_dataset(data, "val")
-    chosen = take_images(dataset, spread(dataset, images))
+    chosen = take_images(dataset, spread(dataset, section.images))
     detector = load_detector(checkpoint, None, None, 0)
-    model = calibrated(detector, load_dataset(data, "train"), _as_searched(recipe), progress)
-    return measure(model, detector, chosen, recipe, metric, progress)
+    model = calibrated(detector, calibration, _as_searched(recipe), progress)
+    known = Kept(kept, sha256_json([_VERSION, sha256_file(checkpoint), recipe.section("model")]))
+    return measure(model, detector, chosen, recipe, section.metric, progress, known)
 
 
 def _as_searched(recipe: Recipe) -> Recipe:
@@ -50,8 +87,9 @@ def measure(
     detector: Detector,
     dataset: DetectionDataset,
     recipe: Recipe,
-    metric: Metric = "sqnr",
+    metric: SensitivityMetric = "sqnr",
     progress: Tick | None = None,
+    kept: Kept | None = None,
 ) -> Sensitivity:
     """The same for a calibrated model.
 
@@ -62,22 +100,23 @@ def measure(
         recipe: Sections model, validate and train.
         metric: See `sensitivity`.
         progress: Called with steps done and in total.
+        kept: What is known already.
     """
-    parts = parts_of(model)
+    parts, known = parts_of(model), kept or Kept(None, "")
     scored = metric != "sqnr"
     total = len(dataset) + (len(parts) + 1 if scored else 0)
     tick = progress or (lambda *_: None)
     try:
-        noise = _head_noise(model, parts, dataset, recipe, lambda done: tick(done, total, "head maps"))
+        noise = _head_noise(model, parts, dataset, recipe, known, lambda done: tick(done, total, "head maps"))
         scores, baseline = dict.fromkeys(parts), None
         if scored:
             score = _scorer(model, detector, dataset, recipe, metric)
-            with _only(model, None):
-                baseline = score()
+            decides = [metric, digest_dataset(dataset), asdict(eval_settings(recipe)) if metric == "map" else None]
+            baseline = known.number([*decides, None], lambda: score(None))
             for done, (part, quantizer) in enumerate(parts.items(), start=len(dataset) + 1):
                 tick(done, total, part.name)
-                with _only(model, quantizer):
-                    scores[part] = baseline - score()
+                measured = known.number([*decides, grid_of(part, quantizer)], partial(score, quantizer))
+                scores[part] = baseline - measured
             tick(total, total)
     finally:
         model.set_activations(True)
@@ -101,6 +140,12 @@ def parts_of(model: PreparedModel) -> dict[Part, Quantizer]:
     return found
 
 
+def grid_of(part: Part, quantizer: Quantizer) -> list[Any]:
+    """Plain data that tell what a quantizer rounds, and to what."""
+    ends = [tensor.detach().cpu().tolist() for tensor in (quantizer.scale, quantizer.offset)]
+    return [part.kind, part.name, asdict(quantizer.spec), *ends]
+
+
 def _input_bits(model: PreparedModel, layer: str) -> int:
     placement = model.placement
     return placement.specs[placement.groups[placement.inputs[layer]]].bits
@@ -122,21 +167,45 @@ def _head_noise(
     parts: Mapping[Part, Quantizer],
     dataset: DetectionDataset,
     recipe: Recipe,
+    kept: Kept,
     tick: Callable[[int], None],
 ) -> dict[Part, float]:
     """SQNR of the raw head maps for each part; the images go by one after the other, so that they need no memory."""
     signal, noise = 0.0, dict.fromkeys(parts, 0.0)
-    for done, image in enumerate(prepared(dataset, recipe.model.imgsz, recipe.validate_.rect), start=1):
-        tensor = torch.from_numpy(image)
-        with _only(model, None):
-            wanted = model(tensor)
-        signal += sum(_power(level) for level in wanted)
+    rect = recipe.validate_.rect
+    tensors = prepared(dataset, recipe.model.imgsz, rect)
+    for done, (record, image) in enumerate(zip(dataset.images, tensors, strict=True), start=1):
+        maps = _HeadMaps(model, torch.from_numpy(image))
+        decides = ["head maps", sha256_file(record.path), rect]
+        signal += kept.number([*decides, None], maps.power)
         for part, quantizer in parts.items():
-            with _only(model, quantizer):
-                maps = model(tensor)
-            noise[part] += sum(_power(one - two) for one, two in zip(maps, wanted, strict=True))
+            noise[part] += kept.number([*decides, grid_of(part, quantizer)], partial(maps.noise, quantizer))
         tick(done)
     return {part: sqnr_db(signal, value) for part, value in noise.items()}
+
+
+class _HeadMaps:
+    """The raw head maps of one image, which are computed in float when they are first asked for."""
+
+    def __init__(self, model: PreparedModel, image: Tensor) -> None:
+        self._model, self._image = model, image
+
+    @cached_property
+    def _in_float(self) -> Sequence[Tensor]:
+        return self._with(None)
+
+    def _with(self, quantizer: Quantizer | None) -> Sequence[Tensor]:
+        with _only(self._model, quantizer):
+            maps: Sequence[Tensor] = self._model(self._image)
+            return maps
+
+    def power(self) -> float:
+        """Sum of their squares."""
+        return sum(_power(level) for level in self._in_float)
+
+    def noise(self, quantizer: Quantizer) -> float:
+        """Sum of the squares of what a quantizer changes."""
+        return sum(_power(one - two) for one, two in zip(self._with(quantizer), self._in_float, strict=True))
 
 
 def _power(values: Tensor) -> float:
@@ -144,12 +213,23 @@ def _power(values: Tensor) -> float:
 
 
 def _scorer(
-    model: PreparedModel, detector: Detector, dataset: DetectionDataset, recipe: Recipe, metric: Metric
-) -> Callable[[], float]:
-    """A function that tells how good the model is in its present state; more is better."""
+    model: PreparedModel, detector: Detector, dataset: DetectionDataset, recipe: Recipe, metric: SensitivityMetric
+) -> Callable[[Quantizer | None], float]:
+    """A function that tells how good the model is with one quantizer, or with none; more is better."""
     if metric == "map":
         runner, settings = TorchRunner(lambda images: detector.decode(model(images))), eval_settings(recipe)
-        return lambda: evaluate(runner, dataset, settings)[0].map50_95
-    loader = Loader(dataset, imgsz=recipe.model.imgsz, batch=1, augment=None, images=None, workers=0, seed=0)
-    step = make_step(model, detector, LossSection(labels=1.0, logits=0.0, detections=0.0))
-    return lambda: -sum(float(step(batch)[0]) for batch in loader.epoch(0)) / len(loader)
+
+        def score() -> float:
+            return evaluate(runner, dataset, settings)[0].map50_95
+    else:
+        loader = Loader(dataset, imgsz=recipe.model.imgsz, batch=1, augment=None, images=None, workers=0, seed=0)
+        step = make_step(model, detector, LossSection(labels=1.0, logits=0.0, detections=0.0))
+
+        def score() -> float:
+            return -sum(float(step(batch)[0]) for batch in loader.epoch(0)) / len(loader)
+
+    def score_with(quantizer: Quantizer | None) -> float:
+        with _only(model, quantizer):
+            return score()
+
+    return score_with

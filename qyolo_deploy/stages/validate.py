@@ -15,7 +15,7 @@ from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.models.registry import detector_of, load_detector
 from qyolo_deploy.qat.soft_rounding import round_softly
 from qyolo_deploy.quant.model import QuantizedModel
-from qyolo_deploy.recipe import SOFT_ROUNDED, TENSORRT_GRAPH, TORCH_VIEWS
+from qyolo_deploy.recipe import SOFT_ROUNDED, TENSORRT_GRAPH, TORCH_VIEWS, SensitivitySection
 from qyolo_deploy.release.report import write_report
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.correct import state_file, trained
@@ -29,6 +29,9 @@ from qyolo_deploy.stages.report_parts import (
     shorten_numbers,
     to_text,
 )
+from qyolo_deploy.stages.sensitivity import FOLDER
+from qyolo_deploy.stages.sensitivity_kept import MEASURED
+from qyolo_deploy.stages.sensitivity_measure import measure_float
 from qyolo_deploy.stages.tensorrt import BUILT, tensorrt_notes
 from qyolo_deploy.stages.views import TorchRunner, sqnr_db
 from qyolo_deploy.validate.bootstrap import bootstrap, with_interval
@@ -106,6 +109,8 @@ def run(context: StageContext) -> StageOutput:
     report["parity"] = shorten_numbers({view: told.to_json() for view, told in parity.items()})
     report["precision_recall"] = precision_recall({view: sample.classes for view, sample in resampled.items()})
     report["images"] = describe_images(dataset, found)
+    if recipe.validate_.sensitivity is not None:
+        report["sensitivity"] = _sensitivity(context, recipe.validate_.sensitivity)
     files = [context.folder / "report.json", context.folder / "report.html"]
     write_atomic(files[0], to_text(report))
     write_report(files[1], report)
@@ -141,6 +146,15 @@ def _latencies(
         paired = measure_paired(timed, to_tensor(image), rounds, baseline="float")
         tick(1, 1)
     return {view: latency.to_json() for view, latency in paired.latencies.items()}
+
+
+def _sensitivity(context: StageContext, section: SensitivitySection) -> dict[str, Any]:
+    kept = context.folder / FOLDER / MEASURED
+    calibration, data = context.calibration_data(), context.dataset
+    with context.reporter.progress("sensitivity") as tick:
+        found = measure_float(context.folder, context.recipe, calibration, data, section, tick, kept)
+    told: dict[str, Any] = shorten_numbers(found.to_json())
+    return told
 
 
 def _compose(context: StageContext, reports: dict[str, EvalReport], results: list[GateResult]) -> dict[str, Any]:

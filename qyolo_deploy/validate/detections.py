@@ -149,15 +149,22 @@ class _Pairs:
         # Most pairs differ in class, so IoU is worth computing for the others only.
         flat = np.flatnonzero(result)
         i, j = np.divmod(flat.astype(np.int32), np.int32(max(len(columns), 1)))
-        a, b = rows[i], columns[j]
-        x1, y1, x2, y2 = self._corners
+        a, b = rows.take(i), columns.take(j)
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 for boxes without area
-            width = np.minimum(x2[a], x2[b]) - np.maximum(x1[a], x1[b])
-            height = np.minimum(y2[a], y2[b]) - np.maximum(y1[a], y1[b])
-            intersection = width.clip(0) * height.clip(0)
-            union = self._areas[a] + self._areas[b] - intersection
-            result.ravel()[flat] = intersection / union > self._iou
+            ratio = self._shared(0, a, b)
+            ratio *= self._shared(1, a, b)
+            union = self._areas.take(a) + self._areas.take(b)
+            union -= ratio
+            ratio /= union
+        result.ravel()[flat] = ratio > self._iou
         return result
+
+    def _shared(self, axis: int, a: Int64, b: Int64) -> Float64:
+        """Length float64 `[n]` that pairs of boxes have in common along x (0) or y (1)."""
+        low, high = self._corners[axis], self._corners[axis + 2]
+        length = np.minimum(high.take(a), high.take(b))
+        length -= np.maximum(low.take(a), low.take(b))
+        return np.asarray(np.maximum(length, 0, out=length), np.float64)
 
 
 def _greedy(block: Int64, overlaps: npt.NDArray[np.bool_]) -> Int64:

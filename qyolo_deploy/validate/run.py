@@ -1,6 +1,7 @@
 """Validation of one engine file on a dataset, as `qyolo validate` does it."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from qyolo_deploy.validate.report import EvalReport
 from qyolo_deploy.validate.results import ResultTable
 
 DEFAULT_IMGSZ = 640
-LATENCY_RUNS = 20
-LATENCY_WARMUP = 3
+LATENCY_RUNS = 10
+LATENCY_WARMUP = 2
 
 
 def validate(
@@ -31,6 +32,7 @@ def validate(
     split: str = "val",
     precision_hint: str = "f32",
     evaluator: Evaluator = "faster",
+    latency_runs: int = LATENCY_RUNS,
     progress: Callable[[int, int], None] | None = None,
 ) -> EvalReport:
     """Measures COCO mAP and latency of an engine file.
@@ -45,6 +47,7 @@ def validate(
         split: Split of the dataset.
         precision_hint: OpenVINO's inference precision.
         evaluator: Implementation of COCO's metrics.
+        latency_runs: Inferences of one image whose times count.
         progress: Called with images done and in total.
 
     Raises:
@@ -54,7 +57,7 @@ def validate(
     runner = open_engine(Path(engine), precision_hint, conf)
     dataset = load_dataset(find_input(data), split)
     settings = settings_for(runner, imgsz, conf=conf, iou=iou, max_det=max_det)
-    return validate_runner(runner, dataset, settings, evaluator=evaluator, progress=progress)
+    return validate_runner(runner, dataset, settings, latency_runs=latency_runs, evaluator=evaluator, progress=progress)
 
 
 def validate_runner(
@@ -81,16 +84,18 @@ def validate_runner(
     name = name or runner.runtime
     example = np.full((1, 3, settings.imgsz, settings.imgsz), 114 / 255, np.float32)
     latency = measure_latency(runner, example, LATENCY_WARMUP, latency_runs).to_json()
-    digests = {"engine": digest_engine(runner.path), "data": digest_dataset(dataset)}
-    if runner.runtime != "tensorrt":  # calls do not share a GPU, and engines fill its memory
-        runner = open_engine(runner.path, runner.precision_hint or "f32", settings.conf, mode="throughput")
+    # Reading the images once for their digests and loading the engine again leave each other time.
+    with ThreadPoolExecutor(1) as pool:
+        data = pool.submit(digest_dataset, dataset)
+        if runner.runtime != "tensorrt":  # calls do not share a GPU, and engines fill its memory
+            runner = open_engine(runner.path, runner.precision_hint or "f32", settings.conf, mode="throughput")
     return evaluate_view(
         name,
         runner,
         dataset,
         settings,
         latency_ms=latency,
-        digests=digests,
+        digests={"engine": digest_engine(runner.path), "data": data.result()},
         progress=progress,
         evaluator=evaluator,
     )[0]

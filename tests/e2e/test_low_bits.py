@@ -34,6 +34,17 @@ def everything(tiny_build, qyolo, tmp_path_factory):
     return build(tiny_build, qyolo, tmp_path_factory.mktemp("everything"), *EVERYTHING)
 
 
+@pytest.fixture(scope="module")
+def w4a4(tiny_build, qyolo, tmp_path_factory):
+    """A build of 4-bit weights and activations whose report tells all that it can: its folder, and its report."""
+    settings = (
+        "quantization.activations.bits=4",
+        "train.dampening={weight: 0.001}",
+        "validate.sensitivity={images: 2}",
+    )
+    return build(tiny_build, qyolo, tmp_path_factory.mktemp("w4a4"), *settings)
+
+
 @pytest.mark.slow
 def test_every_method_together_trains_a_model_that_the_engines_hold(everything):
     folder, report = everything
@@ -74,8 +85,8 @@ CONTRAST = """(() => {
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_opens_whole_in_a_browser(everything, chromium, width, scheme):
-    folder, report = everything
+def test_the_report_opens_whole_in_a_browser(w4a4, chromium, width, scheme):
+    folder, report = w4a4
     chromium.open(folder / "report.html", width, scheme)
     assert chromium.problems == []
     assert {url.split(":")[0] for url in chromium.requests} == {"file", "data"}
@@ -91,8 +102,8 @@ def test_the_report_opens_whole_in_a_browser(everything, chromium, width, scheme
 
 
 @pytest.mark.slow
-def test_numbers_of_the_page_are_those_of_the_report(everything, chromium):
-    folder, report = everything
+def test_numbers_of_the_page_are_those_of_the_report(w4a4, chromium):
+    folder, report = w4a4
     chromium.open(folder / "report.html", 1280)
     cells = "row => [...row.cells].map(cell => cell.textContent.trim())"
     table = chromium.evaluate(f"[...document.querySelectorAll('#views table')[0].rows].map({cells})")
@@ -120,9 +131,53 @@ def test_numbers_of_the_page_are_those_of_the_report(everything, chromium):
     assert all(digest in text for digest in report["reproduce"]["digests"].values())
 
 
+CURVES = """(() => {
+  const shown = [...document.querySelectorAll('.pick .pr')].filter(part => getComputedStyle(part).display !== 'none');
+  return [...new Set(shown.map(part => [...part.classList].at(-1)))].concat(shown[0].textContent.split(',')[0]);
+})()"""
+
+
 @pytest.mark.slow
-def test_the_report_is_small(everything):
-    folder, report = everything
+def test_curves_of_a_class_are_chosen_by_the_keyboard_and_print_shows_the_mean(w4a4, chromium):
+    folder, report = w4a4
+    classes = next(iter(report["precision_recall"]["views"].values()))["per_class"]
+    chromium.open(folder / "report.html", 390)
+    assert chromium.evaluate("document.querySelectorAll('.picker input').length") == 1 + len(classes)
+    assert chromium.evaluate(CURVES) == ["pr0", "All classes"]
+    chromium.evaluate("document.querySelector('.picker input').focus()")
+    chromium.press("ArrowDown")
+    group, name = chromium.evaluate(CURVES)
+    assert group == "pr1" and name in classes
+    assert chromium.evaluate("document.activeElement.id") == "pr-1"
+    chromium.print_media()
+    assert chromium.evaluate(CURVES) == ["pr0", "All classes"]
+    assert not chromium.evaluate("document.querySelector('.picker').checkVisibility()")
+    assert chromium.evaluate(
+        "document.querySelector('#curves .small').checkVisibility()"
+    )  # each class beside the others
+
+
+@pytest.mark.slow
+def test_the_report_tells_what_quantizing_each_tensor_costs(w4a4, chromium, qyolo):
+    folder, report = w4a4
+    parts = report["sensitivity"]["parts"]
+    chromium.open(folder / "report.html", 1280)
+    cells = "row => [...row.cells].map(cell => cell.textContent.trim())"
+    tables = chromium.evaluate(f"[...document.querySelectorAll('#layers table')].map(t => [...t.rows].map({cells}))")
+    (table,) = [table for table in tables if table[0][:3] == ["Tensor", "Kind", "Bits"]]
+    expected = [[part["name"], part["kind"], str(part["bits"]), f"{part['sqnr_db']:.1f}"] for part in parts]
+    assert [[*row[:3], row[3].replace("−", "-")] for row in table[1:]] == expected
+    # The command finds all of it measured, and ranks the same.
+    kept = (folder / "sensitivity" / "measured.json").read_bytes()
+    outcome = qyolo("sensitivity", folder, "--data", folder / "data", "--images", 2, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert [part["name"] for part in outcome.json["parts"]] == [part["name"] for part in parts]
+    assert (folder / "sensitivity" / "measured.json").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_the_report_is_small(w4a4):
+    folder, report = w4a4
     assert (folder / "report.html").stat().st_size < 3e6
     assert "webp" not in (folder / "report.json").read_text(encoding="utf-8")
     losses = [example["views"] for example in report["images"]["examples"]]

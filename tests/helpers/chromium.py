@@ -71,17 +71,27 @@ class Chromium:
         os.close(self._out)
         os.close(self._in)
 
-    def open(self, path, width, scheme="light", media="screen"):
+    def open(self, path, width, scheme="light"):
         """Show a file in a window of this width, and wait until it is loaded."""
         self.problems.clear()
         self.requests.clear()
         self._events.discard("Page.loadEventFired")
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self._call("Emulation.setEmulatedMedia", media=media, features=features)
+        self._call("Emulation.setEmulatedMedia", media="screen", features=features)
         self._call("Page.navigate", url=path.absolute().as_uri())
         while "Page.loadEventFired" not in self._events:
             self._take(self._read())
+
+    def press(self, key):
+        """Press and release a key, such as `ArrowDown`, where the focus is."""
+        code = {"ArrowDown": 40}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def print_media(self):
+        """Show the page as it is printed."""
+        self._call("Emulation.setEmulatedMedia", media="print")
 
     def evaluate(self, expression):
         """The value of an expression of JavaScript in the page, a promise's once it is kept."""

@@ -220,8 +220,9 @@ def test_a_matrix_trains_once_what_cells_share_and_records_failures(small_matrix
 def test_softly_rounded_weights_are_measured_beside_those_of_the_engines(small_matrix):
     file, out = small_matrix
     result = run_matrix(file, out=out)
-    for cell, state in zip(result.cells, ("raw", "ema"), strict=False):
-        folder = out / "small" / "cells" / cell.folder / "quickstart"
+    assert [cell.row for cell in result.cells[:2]] == ["raw", "ema"]
+    for state in ("raw", "ema"):
+        folder = out / "small" / "cells" / f"{state}-w4a8-0" / "quickstart"
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         views = {view["name"]: view for view in report["views"]}
         soft = views["soft_rounded"]

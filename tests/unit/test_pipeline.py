@@ -143,6 +143,14 @@ def test_gates_compare_with_the_last_release_at_a_confidence(tiny_copy, tmp_path
     assert result.gates[0]["missed_by"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("named", ["release", "release/report.json"])
+def test_a_build_is_not_compared_with_the_release_that_it_replaces(named, tiny_copy):
+    before = content_of(tiny_copy.folder)
+    with pytest.raises(InputError, match="this build's own release, which it replaces, expected one that is kept else"):
+        rebuild(tiny_copy, f"validate.last_release={tiny_copy.folder / named}")
+    assert content_of(tiny_copy.folder) == before
+
+
 @pytest.mark.slow
 def test_a_changed_section_reruns_what_it_decides_and_no_more(tiny_copy):
     result = rebuild(tiny_copy, "validate.latency_runs=2")

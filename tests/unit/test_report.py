@@ -4,8 +4,11 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import chain
+from xml.etree import ElementTree
 
 import pytest
+from helpers.svg import axis, lines, shapes
 
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 from qyolo_deploy.release.report import write_report
@@ -245,7 +248,7 @@ def test_what_others_measure_is_shown_where_it_is_there(tmp_path):
         {"name": "model.1.conv", "sqnr_db": 41.26, "cosine": 0.99995, "max_error": 0.125, "differing": 0.01},
     ]
     report["parity"] = {"onnxruntime": {"images": 6, "first_departure": "model.1.conv", "layers": layers}}
-    report["sensitivity"] = {"metric": "mAP50-95", "layers": [{"name": "model.1.conv", "loss": 0.0375}]}
+    report["sensitivity"] = make_sensitivity("map")
     report["views"][2]["interval"] = {"difference": -0.0023, "low": -0.0061, "high": 0.0012, "confidence": 0.9}
     report["views"].append({"name": "tensorrt", "state": "built, not run"})
     page = Page(render(tmp_path, report))
@@ -256,13 +259,65 @@ def test_what_others_measure_is_shown_where_it_is_there(tmp_path):
         "model.0.conv equal 1.000000 0 –",
         "41.3",
         "0.999950",
-        "Sensitivity (mAP50-95)",
-        "0.0375",
+        "on the grids that training starts from; 8 validation images, on which the float model has mAP50-95 31.12.",
+        "model.1.conv W4, 3.75",  # what a bar tells
+        "model.1.conv weights 4 18.2 3.75",  # a row of the table of all tensors
+        "Weights alone: mAP50-95 lost, points",
+        "Input alone: mAP50-95 lost, points",
         "90% interval of Δ",
         "−0.61 to +0.12",
         "TensorRT (built, not run)",
     ):
         assert text in page.text
+
+
+def make_sensitivity(metric):
+    weights = {"name": "model.1.conv", "kind": "weights", "bits": 4, "layers": ["model.1.conv"]}
+    inputs = {"name": "model.0.act", "kind": "activations", "bits": 8, "layers": ["model.1.conv"]}
+    lost = (None, None) if metric == "sqnr" else (0.0375, -0.001)
+    parts = [{**weights, "sqnr_db": 18.2, "lost": lost[0]}, {**inputs, "sqnr_db": 31.0, "lost": lost[1]}]
+    return {"metric": metric, "images": 8, "baseline": None if metric == "sqnr" else 0.3112, "parts": parts}
+
+
+def test_costs_by_sqnr_are_noise_as_a_share_of_the_signal(tmp_path):
+    report = {**make_report(), "sensitivity": make_sensitivity("sqnr")}
+    text = render(tmp_path, report)
+    page = Page(text)
+    for told in ("8 validation images.", "model.1.conv W4, 18.2 dB", "model.0.act activations 8 31.0"):
+        assert told in page.text
+    cells = re.findall(r"<td>([^<]*)</td>", text[text.index(">model.1.conv</th>") :])
+    assert cells[6:8] == ["18.2", "31.0"]  # the last columns of the table of layers
+    svg = next(ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", text) if "Cost of quantizing" in s)
+    value_of = axis(svg, "middle", "x")
+    ends = [max(value_of(x) for x, _ in shapes(svg, style)[0]) for style in ("c-weights", "c-activations")]
+    assert ends == pytest.approx([1000 * 10**-1.82, 1000 * 10**-3.1], abs=0.1)
+
+
+def test_curves_of_all_classes_are_there_to_choose_from(tmp_path):
+    report = make_report()
+    report["views"][2]["per_class"] = {"cat": 0.2889, "dog": 0.4089}
+    text = render(tmp_path, report)
+    page = Page(text)
+    radios = [attrs for tag, attrs in page.elements if tag == "input"]
+    assert [(radio["id"], "checked" in radio) for radio in radios] == [("pr-0", True), ("pr-1", False), ("pr-2", False)]
+    assert "All classes cat −2.2 dog −0.2" in page.text  # the worst view's, from 31.12 and 41.12
+    assert "All classes, mAP50-95: Float 31.1, ONNX Runtime 30.9" in page.text
+    assert "dog, AP50-95: Float 41.1, ONNX Runtime 40.9" in page.text
+    assert {f".pick:has(#pr-{i}:checked) .pr{i}" for i in range(3)} == set(re.findall(r"\.pick:has\(#\S+ \.pr\d", text))
+    drawn = lines(
+        next(ElementTree.fromstring(s) for s in re.findall(r"<svg.*?</svg>", text) if ">Precision over recall<" in s)
+    )
+    assert [*chain(*drawn["v-float pr pr0"])] == pytest.approx([0, 1, 0.5, 0.8, 1, 0], abs=0.01)
+    assert [*chain(*drawn["v-onnxruntime pr pr1"])] == pytest.approx([0, 1, 0.5, 0.6, 1, 0], abs=0.01)
+    assert [*chain(*drawn["v-onnxruntime pr pr2"])] == pytest.approx([0, 1, 0.5, 0.9, 1, 0], abs=0.01)
+
+
+def test_a_single_class_leaves_nothing_to_choose(tmp_path):
+    report = make_report()
+    for view in report["precision_recall"]["views"].values():
+        del view["per_class"]["dog"]
+    page = Page(render(tmp_path, report))
+    assert "curves" in page.sections and not [tag for tag, _ in page.elements if tag in ("input", "fieldset")]
 
 
 def test_boxes_lie_where_their_numbers_are_and_tell_what_they_are(tmp_path):

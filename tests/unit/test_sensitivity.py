@@ -1,5 +1,6 @@
 """One quantizer at a time: its cost beside a computation of its own, and the overrides that follow."""
 
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from qyolo_deploy.graph.freeze import activation_qparams
 from qyolo_deploy.graph.simulate import fold_float
 from qyolo_deploy.recipe import Recipe
 from qyolo_deploy.stages.sensitivity import Cost, Part, Sensitivity, override_lines, sensitivity_table
+from qyolo_deploy.stages.sensitivity_kept import Kept
 from qyolo_deploy.stages.sensitivity_measure import measure, parts_of
 
 RECIPE = {
@@ -109,6 +111,82 @@ def test_map_and_loss_rank_by_what_is_lost(metric, model, pico, scenes, recipe, 
     assert metric == "map" or max(map(abs, lost)) > 0
     assert steps[-1] == (2 + 3 + 1, 2 + 3 + 1)
     assert sensitivity_table(found)[0][-1] == {"map": "mAP lost", "loss": "loss gained"}[metric]
+
+
+class Stopped(Exception):
+    """What a test interrupts a measurement by."""
+
+
+def stop_at(step):
+    def progress(done, *_):
+        if done == step:
+            raise Stopped
+
+    return progress
+
+
+@pytest.fixture
+def calls(model):
+    """Passes through the network, one entry each."""
+    seen = []
+    handle = model.register_forward_pre_hook(lambda *_: seen.append(1))
+    yield seen
+    handle.remove()
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(model, found, pico, scenes, recipe, tmp_path, calls):
+    path, passes = tmp_path / "measured.json", len(found.costs) + 1  # of each image: in float, and one for each part
+    with pytest.raises(Stopped):
+        measure(model, pico, scenes, recipe, "sqnr", stop_at(1), Kept(path, "model"))
+    assert len(calls) == passes
+    assert measure(model, pico, scenes, recipe, kept=Kept(path, "model")) == found
+    assert len(calls) == 2 * passes  # the second image's alone were missing
+    assert measure(model, pico, scenes, recipe, kept=Kept(path, "model")) == found
+    assert len(calls) == 2 * passes
+
+
+def test_what_decides_a_number_decides_what_is_measured_again(model, found, pico, scenes, recipe, tmp_path, calls):
+    path = tmp_path / "measured.json"
+    measure(model, pico, scenes, recipe, kept=Kept(path, "model"))
+    calls.clear()
+    scale = model.convs()[LAYER].quantizer.scale
+    original = scale.detach().clone()
+    with torch.no_grad():
+        scale.mul_(1.25)
+        changed = measure(model, pico, scenes, recipe, kept=Kept(path, "model"))
+        scale.copy_(original)
+    assert len(calls) == 2 * 2  # of each image the float maps, and those with the other grid
+    before, after = ({cost.part: cost.sqnr_db for cost in one.costs} for one in (found, changed))
+    assert [part.name for part in before if before[part] != after[part]] == [LAYER]
+    calls.clear()
+    measure(model, pico, take_images(scenes, [1]), recipe, kept=Kept(path, "model"))
+    assert calls == []
+    measure(model, pico, take_images(scenes, [1]), recipe, kept=Kept(path, "another"))
+    assert len(calls) == len(found.costs) + 1
+
+
+def test_a_broken_file_of_kept_numbers_is_begun_anew(tmp_path):
+    path = tmp_path / "measured.json"
+    for content in ("", "[]", "{}", '{"model": "m", "numbers": {"x": "y"}}', '{"model": "m", "numbers": 3}'):
+        path.write_text(content)
+        assert Kept(path, "m").number("what", lambda: 2.5) == 2.5
+        assert Kept(path, "m").number("what", lambda: 9.0) == 2.5
+
+
+@pytest.mark.parametrize("metric", ["map", "loss"])
+def test_scores_are_kept_one_by_one(metric, model, pico, scenes, recipe, monkeypatch, tmp_path):
+    few = dict(list(parts_of(model).items())[:3])
+    monkeypatch.setattr("qyolo_deploy.stages.sensitivity_measure.parts_of", lambda _: few)
+    path = tmp_path / "measured.json"
+    with pytest.raises(Stopped):
+        measure(model, pico, scenes, recipe, metric, stop_at(2 + 2), Kept(path, "model"))
+    before = json.loads(path.read_text())["numbers"]
+    found = measure(model, pico, scenes, recipe, metric, kept=Kept(path, "model"))
+    after = json.loads(path.read_text())["numbers"]
+    # Head maps of two images in float and with each part; the float model's score, and that of the first part.
+    assert len(before) == 2 * (1 + 3) + 1 + 1 and len(after) == len(before) + 2
+    assert before.items() <= after.items()
+    assert found == measure(model, pico, scenes, recipe, metric)
 
 
 def cost(name, kind, bits, layers, sqnr_db):
