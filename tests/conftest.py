@@ -10,12 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 import qyolo_deploy
 
 # Before anyone imports torch: on tensors this small, a second thread costs more than it brings, and fifteen times as
 # much where another process has the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+settings.load_profile("untimed")
 
 pytest.register_assert_rewrite("helpers")  # so that their assertions explain themselves too
 

@@ -89,7 +89,7 @@ def test_every_flipped_byte_of_a_small_file_is_found(release):
     verify_release(release)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
 def test_a_flipped_byte_of_the_manifest_is_found(shared_release, position, flip):
     file = shared_release / "manifest.json"
@@ -102,7 +102,7 @@ def test_a_flipped_byte_of_the_manifest_is_found(shared_release, position, flip)
         file.write_bytes(data)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(position=st.floats(0, 1, exclude_max=True))
 def test_a_truncated_manifest_is_found(shared_release, position):
     file = shared_release / "manifest.json"

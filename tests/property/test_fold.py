@@ -60,7 +60,7 @@ def prepared_layer(conv, norm, bits, granularity, weight_scale, scale, zero_poin
     return model
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     layer=layers(),
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -124,7 +124,7 @@ def test_a_folded_layer_computes_what_the_layer_computed(
     assert ((ours - expected).abs() <= tolerance).all()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(layer=layers(), gain=st.floats(-2, 2), shift=st.floats(-3, 3), seed=st.integers(0, 2**16))
 def test_folding_is_exact_algebra(layer, gain, shift, seed):
     """In float64, before anything is rounded: gain, shift and normalisation in turn against one factor and one bias."""
@@ -165,7 +165,7 @@ def per_channel(values):
     return values.double().reshape(-1, 1, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(share=st.floats(0.01, 1.5), seed=st.integers(0, 2**16))
 def test_a_channel_whose_bias_would_not_fit_gets_the_nearest_weights_of_a_coarser_grid(share, seed):
     """`share` is that of the folded scale in the smallest scale that leaves the bias room; below 1 it must give way."""

@@ -46,7 +46,7 @@ def random_output(rng, classes, anchors, extent, levels):
     return output
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32 - 1),
     classes=st.integers(1, 4),

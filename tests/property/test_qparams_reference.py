@@ -26,7 +26,7 @@ def to_float32(exact):
     return Fraction(min((value for value in candidates if math.isfinite(value)), key=rank))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(spec=SPECS, scale=SCALES, data=st.data())
 def test_quantize_is_the_definition(spec, scale, data):
     zero_point = data.draw(st.integers(spec.qmin, spec.qmax))
@@ -39,7 +39,7 @@ def test_quantize_is_the_definition(spec, scale, data):
     assert int(qparams.quantize(np.array([real], np.float32))[0]) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(spec=SPECS, scale=SCALES, data=st.data())
 def test_dequantize_is_the_definition(spec, scale, data):
     zero_point, integer = (data.draw(st.integers(spec.qmin, spec.qmax)) for _ in range(2))
@@ -48,7 +48,7 @@ def test_dequantize_is_the_definition(spec, scale, data):
     assert Fraction(float(found[0])) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(spec=SPECS, scale=SCALES, data=st.data())
 def test_fake_quantize_is_idempotent_and_near(spec, scale, data):
     zero_point = data.draw(st.integers(spec.qmin, spec.qmax))
@@ -64,7 +64,7 @@ def test_fake_quantize_is_idempotent_and_near(spec, scale, data):
             assert abs(Fraction(after) - Fraction(before)) <= Fraction(scale) / 2 * slack
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     spec=SPECS,
     scales=st.lists(SCALES, min_size=1, max_size=5),

@@ -96,7 +96,7 @@ def test_names_begin_at_the_common_folder_and_ids_are_those_of_annotations_only(
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="\\:/.", min_codepoint=32)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     files=st.lists(st.text(CHARACTERS, min_size=1), min_size=1, max_size=4, unique=True),
     text=st.none() | st.text(CHARACTERS),
@@ -177,7 +177,7 @@ def balance_one_by_one(objects, count):
     return chosen
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(objects=OBJECTS, data=st.data())
 def test_balance_does_what_its_definition_says(objects, data):
     count = data.draw(st.integers(1, len(objects)))
@@ -200,7 +200,7 @@ def test_balance_shows_rare_classes_that_chance_leaves_out():
 POINTS = arrays(np.float32, st.tuples(st.integers(1, 8), st.integers(1, 3)), elements=st.integers(-4, 4).map(float))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(points=POINTS, data=st.data())
 def test_spread_takes_what_is_farthest_from_all_chosen(points, data):
     count = data.draw(st.integers(1, len(points)))

@@ -54,7 +54,7 @@ def test_enlarging_interpolates_between_neighbours():
     assert padded[26, 46:50, 0].tolist() == [0, 50, 150, 200]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     width=st.integers(8, 200),
     height=st.integers(8, 200),

@@ -102,7 +102,7 @@ def unpacked(data, width, count):
     return bits.reshape(count, width) @ (1 << np.arange(width))
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), width=st.sampled_from([2, 3, 4]))
 def test_packed_weights_come_back(data, width, tmp_path):
     limit = 1 << (width - 1)

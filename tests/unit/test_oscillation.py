@@ -30,7 +30,7 @@ def by_hand(integers, momentum):
 LEVELS = st.tuples(*[st.integers(-8, 7)] * 6, *[st.integers(-128, 127)] * 4)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     walk=st.lists(LEVELS, min_size=2, max_size=12),
     momentum=st.sampled_from([0.001, 0.01, 0.3]),

@@ -304,7 +304,7 @@ def test_recipes_do_not_change(write):
 VALUES = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(["", "a", "a: b", "[", "é"]) | st.just([[]])
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(sorted(Recipe.model_fields)), VALUES))
 def test_whatever_a_section_holds_instead_is_refused_with_one_sentence(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "recipe.yaml"

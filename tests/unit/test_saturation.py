@@ -183,7 +183,7 @@ def test_operators_of_other_domains_bound_nothing():
     scale=st.floats(0.005, 3),
     share=st.floats(0, 1),
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_silu_of_codes_is_judged_by_all_of_them(low, high, gate_scale, bits, scale, share):
     """The verdict is that of the 256 codes; only next to a tie it may be the careful one."""
     step = (high - low) / 255
@@ -290,7 +290,7 @@ def extremes(seed):
 
 
 @given(network=networks(), seed=st.integers(0, 1000))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_codes_are_exact_and_a_claim_of_saturation_is_never_wrong(network, seed):
     model, quantized = network.model, network.quantized
     methods = low_bit_activations(model, quantized)

@@ -163,7 +163,7 @@ labels = st.tuples(st.integers(0, 1), st.integers(0, 2), *[sixty_fourths] * 4)
 # --- against the reference --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(boxes=st.lists(labels, max_size=5), seed=st.integers(0, 2**16))
 def test_loss_is_that_of_the_description(boxes, seed):
     check_against_reference(make_maps(seed), make_batch(boxes))
@@ -178,7 +178,7 @@ def test_any_number_of_levels_and_classes(levels, classes):
     check_against_reference(maps, make_batch(boxes, images=3, classes=classes))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(boxes=st.lists(labels, min_size=1, max_size=6))
 def test_targets_are_those_of_the_description(boxes):
     batch, height, width = make_batch(boxes), 4, 6
