@@ -78,5 +78,4 @@ def test_every_scheme_is_built_with_weights_of_8_bits(network, weights_of, image
     # So do biases and scales of 32 bits here, and the first layer in half precision.
     channels = sum(len(layer.weight) for layer in integers.layers.values())
     constants = float_bytes - 4 * in_8_bits
-    print("WEIGHTS", name, label, float_bytes, in_8_bits, found, in_8_bits + constants + 8 * channels)
     assert in_8_bits <= found <= in_8_bits + constants + 8 * channels
