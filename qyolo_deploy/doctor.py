@@ -61,7 +61,7 @@ def _python() -> Finding:
 def _cpu() -> Finding:
     told = ", ".join(cpu_abilities()) or "abilities unknown"
     if saturates_products():
-        told += "; no VNNI: 8-bit weights saturate unless quantization.weights.reduce_range is on"
+        told += ", no VNNI: needs reduce_range"
     return Finding("cpu", "ok", "", told, "", "int8 speed")
 
 

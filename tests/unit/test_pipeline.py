@@ -73,7 +73,7 @@ def keys(tmp_path):
         ("float.epochs=1", {"float"}),
         ("quantization.weights.bits=5", {"train", "correct"}),
         ("train.lr=0.1", {"train"}),
-        ("correct.enabled=false", {"correct"}),
+        ("correct.enabled=false", {"correct", "validate"}),  # which may look at what was corrected
         ("export.storage=int4", {"export", "validate"}),
         ("validate.iou=0.7", {"validate"}),
         ("gates=[{view: float, metric: map50, op: '>=', bound: 0}]", {"validate"}),
