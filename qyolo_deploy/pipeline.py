@@ -179,7 +179,7 @@ def _build_first(
     """The build itself, which of several processes the first one does."""
     plan = Plan(loaded, recipe, data)
     if until not in _BEFORE_ENGINES:
-        check_targets(loaded.export.targets)
+        check_targets(loaded.export.targets, loaded.export.storage)
     folder = out / loaded.name
     with _folder(folder), _lock(folder), DigestCache(folder / ".digests.json") as digests:
         return _Build(plan, folder, reporter or Reporter(quiet=True), digests, share, device).run(until, force)

@@ -32,7 +32,7 @@ from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 from qyolo_deploy.stages.tensors_openvino import OpenVinoTensors
 
-SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3)}
+SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a4": (2, 4)}
 # Four roundings to float32, of numbers that are below 256.
 TIE = 4 * 255 * 2.0**-24
 # Of head maps, over all images; measured are 36 dB and more, and no difference at all in most.
@@ -73,7 +73,7 @@ def openvino_codes(model, quantized, folder):
     """The same for OpenVINO with the passes of a build; what only passes values on may not be seen."""
     folder.mkdir()
     ir.save(model, folder / "source.onnx")
-    build_openvino(folder / "source.onnx", folder, "model", {}, ir_passes(quantized, "int4"))
+    build_openvino(folder / "source.onnx", folder, "model", {}, ir_passes(quantized, "int2"))
     reference, source = IntegerReference(ir.to_proto(model)), OpenVinoTensors("openvino", folder / "model.xml")
     names = [name for name in source.names if name in reference.rounded]
     watch = source.watch(names)
@@ -131,7 +131,7 @@ def heads_of(view):
 
 def assert_onnxruntime_parity(detector, float_graph, quantized, images):
     view = simulate(detector, quantized)
-    reference, run = onnxruntime_codes(insert_qdq(float_graph, quantized, storage="int4"))
+    reference, run = onnxruntime_codes(insert_qdq(float_graph, quantized, storage="int2"))
     noise = HeadNoise(reference, heads_of(view))
     for image in images:
         codes = run(image[None].numpy())
