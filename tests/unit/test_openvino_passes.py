@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from qyolo_deploy.engines.kernels import kernel_table
 from qyolo_deploy.engines.openvino import OpenVinoRunner, _core, build_openvino
-from qyolo_deploy.engines.openvino_kernels import executed_kernels, kernel_table, profile_kernels
+from qyolo_deploy.engines.openvino_kernels import executed_kernels, profile_kernels
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.heads import expose_heads
