@@ -32,7 +32,7 @@ from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 from qyolo_deploy.stages.tensors_openvino import OpenVinoTensors
 
-SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a4": (2, 4)}
+SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3)}
 # Four roundings to float32, of numbers that are below 256.
 TIE = 4 * 255 * 2.0**-24
 # Of head maps, over all images; measured are 36 dB and more, and no difference at all in most.
