@@ -82,7 +82,7 @@ def engines(
     ] = None,
     calibration_images: Annotated[int, typer.Option(help="How many images of it.")] = 64,
     out: Annotated[Path, typer.Option(help="Folder that keeps what is made of --weights.")] = Path("runs/bench"),
-    profile: Annotated[bool, typer.Option("--profile", help="Show the kernels that OpenVINO runs, and times.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Show the kernels that run, and their times.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -246,11 +246,11 @@ def quantized(pico, make_prepared):
 
 @pytest.fixture(scope="session")
 def float_model(pico):
-    """`pico` as exported: open shapes, and the opset that has 4-bit integers."""
+    """`pico` as exported: open shapes."""
     from qyolo_deploy.export.float_onnx import export_float
     from qyolo_deploy.graph.simulate import fold_float
 
-    return export_float(fold_float(pico), 64, dynamic=True, opset=21)
+    return export_float(fold_float(pico), 64, dynamic=True)
 
 
 @pytest.fixture(scope="session")
@@ -404,4 +404,4 @@ def official(yolov5n_checkpoint, photographs, make_prepared, make_scheme):
 
     detector = load_detector(yolov5n_checkpoint, None, None, 0).eval()
     quantized = freeze(make_prepared(detector, make_scheme(8), photographs), {})
-    return detector, quantized, export_float(fold_float(detector), 160, dynamic=False, opset=21)
+    return detector, quantized, export_float(fold_float(detector), 160, dynamic=False)

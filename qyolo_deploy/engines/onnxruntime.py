@@ -1,5 +1,6 @@
 """ONNX Runtime on the CPU."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from qyolo_deploy.engines.base import Mode, parse_head, parse_imgsz, parse_names, share_cores
 from qyolo_deploy.engines.heads import METADATA_KEY
+from qyolo_deploy.engines.kernels import Kernel
+from qyolo_deploy.engines.onnxruntime_kernels import profile_kernels
 from qyolo_deploy.errors import InputError
 
 _LOAD_ERRORS = (
@@ -56,10 +59,9 @@ class OnnxRuntimeRunner:
         self.path, self._conf = path, conf
         # A session on one thread computes in the thread that calls it, so that calls share nothing but the weights.
         self.parallel, threads = share_cores(threads) if mode == "throughput" else (1, threads)
+        self._options = partial(session_options, threads)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path), session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(str(path), self._options(), providers=["CPUExecutionProvider"])
         except (*_LOAD_ERRORS, errors.InvalidArgument) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot load it ({reason})") from error
@@ -76,6 +78,10 @@ class OnnxRuntimeRunner:
             parse_names(metadata.get("names")),
             parse_imgsz(metadata.get("imgsz")),
         )
+
+    def profile(self, images: NDArray[np.float32], runs: int = 9) -> list[Kernel]:
+        """The kernels that run, with their times; images float32 `[N, 3, H, W]`, times are medians over the runs."""
+        return profile_kernels(self.path, self._options(), images, runs)
 
     def __call__(self, images: NDArray[np.float32], /) -> NDArray[np.float32]:
         """Runs the session."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from qyolo_deploy.engines.base import Mode, parse_head, parse_imgsz, parse_names
 from qyolo_deploy.engines.heads import METADATA_KEY
-from qyolo_deploy.engines.openvino_kernels import Kernel, profile_kernels
+from qyolo_deploy.engines.kernels import Kernel
+from qyolo_deploy.engines.openvino_kernels import profile_kernels
 from qyolo_deploy.errors import InputError, RuntimeMissingError
 
 

@@ -19,17 +19,17 @@ from qyolo_deploy.graph.trace import INPUT
 OUTPUT = "output0"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _CORE = "core."
+_OPSET = 18  # loads in every runtime of the last years; packed weights raise it
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
 
-def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.Model:
+def export_float(view: View, imgsz: int, dynamic: bool) -> ir.Model:
     """Exports a folded float detector.
 
     Args:
         view: From `fold_float`.
         imgsz: Side of the example image, and of every image where shapes are static.
         dynamic: Batch, height and width stay open.
-        opset: 18 loads everywhere; 21 has 4-bit integers.
 
     Returns:
         A graph with input `images` and output `output0`. The output of each module of the core is a value of the
@@ -38,7 +38,7 @@ def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.M
     Raises:
         InputError: If the exporter or simplifier does not keep a tensor of the network.
     """
-    proto = _export(view, imgsz, dynamic, opset)
+    proto = _export(view, imgsz, dynamic)
     names = _rename_values(proto)
     proto, consistent = onnxsim.simplify(proto)
     if not consistent:
@@ -55,7 +55,7 @@ def export_float(view: View, imgsz: int, dynamic: bool, opset: int = 18) -> ir.M
     return model
 
 
-def _export(view: View, imgsz: int, dynamic: bool, opset: int) -> onnx.ModelProto:
+def _export(view: View, imgsz: int, dynamic: bool) -> onnx.ModelProto:
     # An example with sides and a batch of its own keeps the exporter from taking two axes for one.
     example = torch.zeros((2, 3, imgsz, imgsz + 32) if dynamic else (1, 3, imgsz, imgsz))
     shapes = {INPUT: dict.fromkeys(_AXES, torch.export.Dim.DYNAMIC)} if dynamic else None
@@ -65,7 +65,7 @@ def _export(view: View, imgsz: int, dynamic: bool, opset: int) -> onnx.ModelProt
             (example,),
             input_names=[INPUT],
             output_names=[OUTPUT],
-            opset_version=opset,
+            opset_version=_OPSET,
             dynamic_shapes=shapes,
             dynamo=True,
             verbose=False,

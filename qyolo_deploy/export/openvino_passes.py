@@ -32,10 +32,11 @@ def ir_passes(quantized: QuantizedModel, storage: str) -> tuple[IrPass, ...]:
 
     Args:
         quantized: What the ONNX was made from.
-        storage: `int8`, or `int4` to store weights of at most 4 bits in as many bits.
+        storage: `int8`; anything narrower stores weights of at most 4 bits in as many bits, because every OpenVINO
+            that engines are built for has integers of 4, 3 and 2.
     """
     bits = {name: layer.qparams.spec.bits for name, layer in quantized.layers.items()}
-    narrow = {name: value for name, value in bits.items() if storage == "int4" and value in _CONTAINERS}
+    narrow = {name: value for name, value in bits.items() if storage != "int8" and value in _CONTAINERS}
     return (round_before_choosing, keep_heads_in_integers, partial(pack_weights, bits=narrow), number_names)
 
 

@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.saturation import Method, container_of, low_bit_activations, shift_to_top
+from qyolo_deploy.export.storage import container_for, raise_opset
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
 from qyolo_deploy.quant.qparams import QParams
-from qyolo_deploy.quant.spec import QuantSpec
 
 Clipping = Literal["codes", "values"]
-
-_INT4_LIMITS = (-8, 7)
 
 
 def insert_qdq(
@@ -34,12 +32,13 @@ def insert_qdq(
     """Makes a QDQ model; the float model is left as it is.
 
     Args:
-        model: From `export_float`; opset 21 or newer for int4.
+        model: From `export_float`.
         quantized: Integers, scales and zero points.
         leave_out: Tensors that this target does not round although the model was trained with it. Those that come
             out of a convolution are still clipped to their grid's range: low-bit training uses that as a bound of
             SiLU's input, and runtimes fuse it.
-        storage: `int8`, or `int4` for weights whose grid fits.
+        storage: `int8`, or the narrowest type that weights are packed in where it holds their grid: `int4`, `int2`.
+            The opset is raised to the one that has the types used.
         clip: What is clipped where a grid of few bits needs it, and by a ReLU: `codes` keeps ONNX Runtime in
             integers, `values` is what OpenVINO fuses into the convolution. Both give the same codes.
         float_biases: Biases of all layers, float32 `[C_out]`, for a runtime that takes no integer ones.
@@ -56,7 +55,7 @@ def insert_qdq(
     _requires(graph_model.graph, quantized)
     for name, layer in quantized.layers.items():
         bias = None if float_biases is None else float_biases[name]
-        _quantize_layer(graph_model.graph, name, layer, quantized, storage, bias)
+        _quantize_layer(graph_model, name, layer, quantized, storage, bias)
     for name in {key.rpartition(".")[0] for key in quantized.float_tensors}:
         set_float_layer(graph_model.graph, name, quantized)
     for name, qparams in quantized.activations.items():
@@ -115,7 +114,7 @@ def _conv_of(graph: ir.Graph, name: str) -> ir.Node:
 
 
 def constant(graph: ir.Graph, name: str, data: NDArray[np.generic], dtype: ir.DataType | None = None) -> ir.Value:
-    """Adds an initializer; 4-bit data need their type told."""
+    """Adds an initializer; packed data need their type told."""
     tensor = ir.Tensor(data, name=name) if dtype is None else ir.Tensor(data, dtype=dtype, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(data.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
@@ -136,16 +135,17 @@ def add_node(
 
 
 def _quantize_layer(
-    graph: ir.Graph,
+    model: ir.Model,
     name: str,
     layer: QuantizedLayer,
     quantized: QuantizedModel,
     storage: str,
     float_bias: NDArray[np.float32] | None,
 ) -> None:
-    """Integer weights, through a Cast where they are stored in 4 bits, and an int32 bias or a float one."""
+    """Integer weights, through a Cast where they are packed, and an int32 bias or a float one."""
+    graph = model.graph
     scale = constant(graph, f"{name}.weight_scale", layer.qparams.scale)
-    dequantized = dequantize_weight(graph, name, _stored_weight(graph, name, layer, storage), scale)
+    dequantized = dequantize_weight(graph, name, _stored_weight(model, name, layer, storage), scale)
     if float_bias is not None:
         set_constants(graph, name, dequantized, constant(graph, f"{name}.bias_float", float_bias))
         return
@@ -189,16 +189,13 @@ def set_constants(graph: ir.Graph, name: str, weight: ir.Value, bias: ir.Value) 
             graph.initializers.pop(value.name, None)
 
 
-def fits_int4(spec: QuantSpec) -> bool:
-    """Whether 4-bit integers hold all codes of a grid."""
-    return spec.qmin >= _INT4_LIMITS[0] and spec.qmax <= _INT4_LIMITS[1]
-
-
-def _stored_weight(graph: ir.Graph, name: str, layer: QuantizedLayer, storage: str) -> ir.Value:
-    if storage == "int8" or not fits_int4(layer.qparams.spec):
+def _stored_weight(model: ir.Model, name: str, layer: QuantizedLayer, storage: str) -> ir.Value:
+    graph, container = model.graph, container_for(layer.qparams.spec, storage)
+    if container is None:
         return constant(graph, f"{name}.weight_quantized", layer.weight)
-    data = layer.weight.astype(ir.DataType.INT4.numpy())
-    packed = constant(graph, f"{name}.weight_quantized", data, ir.DataType.INT4)
+    raise_opset(model, container)
+    data = layer.weight.astype(container.dtype.numpy())
+    packed = constant(graph, f"{name}.weight_quantized", data, container.dtype)
     # ONNX Runtime folds this cast at load and then runs its int8 kernel; without it the convolution runs in float.
     return add_node(graph, "Cast", [packed], f"{name}.weight_int8", {"to": int(ir.DataType.INT8)})
 

@@ -3,13 +3,11 @@
 import numpy as np
 import onnx_ir as ir
 
-from qyolo_deploy.export.qdq import add_node, constant, dequantize_weight, fits_int4, set_constants, set_float_layer
+from qyolo_deploy.export.qdq import add_node, constant, dequantize_weight, set_constants, set_float_layer
+from qyolo_deploy.export.storage import INT4, raise_opset
 from qyolo_deploy.export.tensorrt import Dialect, float_biases
 from qyolo_deploy.export.tensorrt_passes import compute_in_half
 from qyolo_deploy.quant.model import QuantizedLayer, QuantizedModel
-
-# 4-bit integers came with opset 21; what the graph has besides means the same there.
-_OPSET, _IR_VERSION = 21, 10
 
 
 def weight_only_dialect(model: ir.Model, quantized: QuantizedModel, fp16: bool = False) -> Dialect:
@@ -25,7 +23,7 @@ def weight_only_dialect(model: ir.Model, quantized: QuantizedModel, fp16: bool =
         fp16: Convolutions compute in half precision, their weights included.
     """
     result = model.clone()
-    result.opset_imports[""], result.ir_version = _OPSET, _IR_VERSION
+    raise_opset(result, INT4)
     biases = float_biases(quantized)
     for name, layer in quantized.layers.items():
         weight = _weight(result.graph, name, layer, fp16)
@@ -43,9 +41,9 @@ def _weight(graph: ir.Graph, name: str, layer: QuantizedLayer, fp16: bool) -> ir
     """The integers, dequantized to the type of their scale."""
     dtype, kind = (np.float16, ir.DataType.FLOAT16) if fp16 else (np.float32, ir.DataType.FLOAT)
     scale = constant(graph, f"{name}.weight_scale", layer.qparams.scale.astype(dtype))
-    if fits_int4(layer.qparams.spec):
-        integers = layer.weight.astype(ir.DataType.INT4.numpy())
-        packed = constant(graph, f"{name}.weight_quantized", integers, ir.DataType.INT4)
+    if INT4.holds(layer.qparams.spec):
+        integers = layer.weight.astype(INT4.dtype.numpy())
+        packed = constant(graph, f"{name}.weight_quantized", integers, INT4.dtype)
         weight = add_node(graph, "DequantizeLinear", [packed, scale], f"{name}.weight_dequantized", {"axis": 0})
     else:
         weight = dequantize_weight(graph, name, constant(graph, f"{name}.weight_quantized", layer.weight), scale)

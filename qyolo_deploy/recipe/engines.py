@@ -58,7 +58,12 @@ class ExportSection(Section):
         "onnxruntime",
         "openvino",
     )
-    storage: Literal["int8", "int4"] = Field("int8", description="Container of weights of at most 4 bits")
+    storage: Literal["int8", "int4", "int2"] = Field(
+        "int8",
+        description="Narrowest container of weights, each layer taking the narrowest that holds its grid: int4 packs "
+        "those of at most 4 bits, int2 those of at most 2 bits in 2, which ONNX Runtime loads from 1.24 on; OpenVINO "
+        "has as many bits as the grid with either",
+    )
     dynamic: bool = Field(True, description="Batch and image size open; false fixes 1 x 3 x imgsz x imgsz")
     head: Literal["decoded", "raw"] = Field(
         "decoded",

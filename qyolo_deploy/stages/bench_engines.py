@@ -14,8 +14,9 @@ from qyolo_deploy._version import __version__
 from qyolo_deploy.artifact import environment_fingerprint
 from qyolo_deploy.console import Tick
 from qyolo_deploy.engines.base import Runner, engine_files
+from qyolo_deploy.engines.kernels import kernel_table
+from qyolo_deploy.engines.onnxruntime import OnnxRuntimeRunner
 from qyolo_deploy.engines.openvino import OpenVinoRunner
-from qyolo_deploy.engines.openvino_kernels import kernel_table
 from qyolo_deploy.engines.tensorrt_runtime import FLAVORS, find_device
 from qyolo_deploy.errors import InputError, QyoloError, RuntimeMissingError
 from qyolo_deploy.stages.bench_engines_inputs import Images, calls_at_a_time, example_image, make_call
@@ -163,17 +164,21 @@ def _row(
 
 
 def profile_table(subjects: Sequence[Subject], settings: BenchEnginesSettings) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of what OpenVINO's engines spend their time on, by kind and precision of their kernels.
+    """Head and rows of what engines spend their time on, by kind and precision of their kernels.
 
     Args:
-        subjects: Rows; those of other runtimes and those without an engine are left out.
+        subjects: Rows; those of TensorRT and those without an engine are left out.
         settings: Image size, and runs of which the median counts.
     """
     rows, example = [], example_image(settings.imgsz, None)
     for subject in subjects:
-        if subject.runtime != "openvino" or subject.path is None:
+        if subject.path is None or subject.runtime not in ("onnxruntime", "openvino"):
             continue
-        runner = OpenVinoRunner(subject.path, subject.hint or "f32", settings.conf, settings.threads)
+        runner: OnnxRuntimeRunner | OpenVinoRunner
+        if subject.runtime == "openvino":
+            runner = OpenVinoRunner(subject.path, subject.hint or "f32", settings.conf, settings.threads)
+        else:
+            runner = OnnxRuntimeRunner(subject.path, settings.conf, settings.threads)
         for kind, precision, count, time_ms in kernel_table(runner.profile(example, settings.runs)):
             rows.append([subject.label, kind, precision, str(count), f"{time_ms:.2f}"])
     return ["engine", "kernel", "precision", "number", "ms"], rows

@@ -11,7 +11,7 @@ from qyolo_deploy.errors import InputError
 from qyolo_deploy.stages.bench_engines_subjects import Subject, with_hints
 
 _SCHEME = re.compile(r"w([2-8])a([2-8])")
-_INT4_BITS = 4
+_STORAGES = {2: "int2", 3: "int4", 4: "int4"}
 RECIPE = "own"  # the same for all schemes, so that they share what does not depend on it
 
 
@@ -53,7 +53,7 @@ def write_recipe(folder: Path, scheme: str, checkpoint: Path, data: Path, imgsz:
         },
         "train": {"epochs": 0},
         "correct": {"enabled": False},
-        "export": {"storage": "int4" if weight_bits <= _INT4_BITS else "int8"},
+        "export": {"storage": _STORAGES.get(weight_bits, "int8")},
     }
     path = folder / scheme / "recipe.yaml"
     write_atomic(path, yaml.safe_dump(content, sort_keys=False))

@@ -25,9 +25,6 @@ from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.stages.context import StageContext, StageOutput
 from qyolo_deploy.stages.tensorrt import TensorRtExport, export_tensorrt
 
-# Opset 18 loads in every runtime of the last years; 4-bit integers came with 21.
-_OPSET, _OPSET_OF_INT4 = 18, 21
-_PACKED_BITS = 4
 _FINE_BITS = 8
 
 
@@ -41,13 +38,12 @@ def run(context: StageContext) -> StageOutput:
     with context.reporter.progress("exporting") as tick:
         steps = 2 + len(recipe.export.targets)
         tick(0, steps, "float graph")
-        opset = _opset(quantized, recipe.export.storage)
-        model = export_float(fold_float(detector), recipe.model.imgsz, recipe.export.dynamic, opset)
+        model = export_float(fold_float(detector), recipe.model.imgsz, recipe.export.dynamic)
         set_metadata(model, metadata)
         engines = {"float": _save(model, _onnx_path(context, "fp32"))}
         if recipe.model.activation is not None:  # another graph, which is what was trained and what is quantized
             swapped = fold_float(detector_of(quantized.architecture))
-            model = export_float(swapped, recipe.model.imgsz, recipe.export.dynamic, opset)
+            model = export_float(swapped, recipe.model.imgsz, recipe.export.dynamic)
             set_metadata(model, metadata)
         if recipe.export.head == "raw":
             model = expose_heads(model, fold_float(detector_of(quantized.architecture)))
@@ -91,12 +87,6 @@ def _warn_of_saturation(context: StageContext, quantized: QuantizedModel) -> Non
 
 def _tensorrt_info(context: StageContext, tensorrt: TensorRtExport) -> dict[str, Any]:
     return tensorrt.info | {"files": [file.relative_to(context.folder).as_posix() for file in tensorrt.files]}
-
-
-def _opset(quantized: QuantizedModel, storage: str) -> int:
-    """The lowest that has all types of the file."""
-    is_packed = any(layer.qparams.spec.bits <= _PACKED_BITS for layer in quantized.layers.values())
-    return _OPSET_OF_INT4 if storage == "int4" and is_packed else _OPSET
 
 
 def _low_bit(context: StageContext, model: ir.Model, quantized: QuantizedModel) -> dict[str, dict[str, int]]:

@@ -9,7 +9,7 @@ from qyolo_deploy import __version__
 from qyolo_deploy.artifact import environment_fingerprint, sha256_file
 from qyolo_deploy.device.selftest import selftest
 from qyolo_deploy.engines.base import Runner, engine_files, open_engine
-from qyolo_deploy.engines.requirements import MINIMUM
+from qyolo_deploy.engines.requirements import minimum_version
 from qyolo_deploy.errors import GateFailedError, SelftestError
 from qyolo_deploy.recipe import TENSORRT_GRAPH
 from qyolo_deploy.release.bundle import write_release
@@ -166,8 +166,19 @@ def _calibration(context: StageContext) -> Calibration:
     return Calibration(images=images, name=recorded["name"], digest=recorded["digest"])
 
 
+def _storage(context: StageContext, view: str) -> str:
+    """Narrowest container of weights that a view's engine may have."""
+    export = context.recipe.export
+    if view == "float":
+        return "float32"
+    if view.startswith("tensorrt"):  # whose kernels take packed weights beside float activations alone
+        return "int4" if export.tensorrt.activations == "float" else "int8"
+    return export.storage
+
+
 def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
-    name, storage = view["name"], context.recipe.export.storage
+    name = view["name"]
+    storage = _storage(context, name)
     artifact = context.artifacts["validate"]
     runtime = _RUNTIME_OF.get(name, name)
     metrics = {key: view[key] for key in ("map50_95", "map50", "map75")}
@@ -176,9 +187,9 @@ def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
         path=context.artifacts["export"].info["engines"][name],
         format=_FORMATS[name],
         scheme="fp32" if name == "float" else context.artifacts["train"].info["scheme"],
-        storage="float32" if name == "float" else storage,
+        storage=storage,
         precision_hint=view["precision_hint"],
-        min_runtime_version=MINIMUM[runtime],
+        min_runtime_version=minimum_version(runtime, storage),
         digest=view["digests"]["engine"],
         size_bytes=view["size_bytes"],
         validated_with={

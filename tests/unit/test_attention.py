@@ -47,7 +47,7 @@ def detector(request, make_detector, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(detector):
-    return export_float(fold_float(detector), 64, dynamic=True, opset=21)
+    return export_float(fold_float(detector), 64, dynamic=True)
 
 
 @pytest.mark.parametrize(("weights", "activations"), [(8, 8), (4, 4)])

@@ -310,16 +310,19 @@ def test_an_engine_of_one_image_refuses_a_batch(folder):
         run_bench([Subject("fixed", folder / "fixed.onnx", "onnxruntime")], BenchEnginesSettings(64, 2, 1, batch=2))
 
 
-def test_the_profile_tells_what_openvino_runs(tiny_build):
+def test_the_profile_tells_what_runs(tiny_build):
     subjects = [
         Subject("ours", tiny_build.openvino, "openvino", "f32"),
         Subject("onnx", tiny_build.onnx, "onnxruntime"),
         Subject("absent", None, "openvino", required=False),
     ]
     head, rows = profile_table(subjects, BenchEnginesSettings(128, 2, 2))
-    assert head[0] == "engine" and {row[0] for row in rows} == {"ours@f32"}
-    (convolutions,) = [row for row in rows if row[1] == "Convolution"]
-    assert convolutions[2] == "u8" and int(convolutions[3]) > 20 and float(convolutions[4]) > 0
+    assert head[0] == "engine" and {row[0] for row in rows} == {"ours@f32", "onnx"}
+    for kind in ("Convolution", "QLinearConv"):
+        (convolutions,) = [row for row in rows if row[1] == kind]
+        assert convolutions[2] == "u8" and int(convolutions[3]) > 20 and float(convolutions[4]) > 0
+    images = [row for row in rows if row[1] == "QuantizeLinear"]
+    assert [row[:4] for row in images] == [["onnx", "QuantizeLinear", "u8", "1"]]
 
 
 # --- what is made of float weights --------------------------------------------------------------------------

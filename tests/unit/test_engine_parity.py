@@ -35,7 +35,7 @@ from qyolo_deploy.graph.freeze import freeze
 from qyolo_deploy.graph.simulate import simulate
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
 
-SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3)}
+SCHEMES = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w3a3": (3, 3), "w2a4": (2, 4)}
 # Of head maps, over all images; measured are 36 dB and more, and no difference at all in most.
 HEAD_SQNR_DB = 30.0
 REAL_IMAGES = 16
@@ -75,7 +75,7 @@ def openvino_codes(model, quantized, folder):
     """The same for OpenVINO with the passes of a build."""
     folder.mkdir()
     ir.save(model, folder / "source.onnx")
-    build_openvino(folder / "source.onnx", folder, "model", {}, ir_passes(quantized, "int4"))
+    build_openvino(folder / "source.onnx", folder, "model", {}, ir_passes(quantized, "int2"))
     reference = IntegerReference(ir.to_proto(model))
     return reference, openvino_run(folder / "model.xml", reference)
 
@@ -105,7 +105,7 @@ def heads_of(view):
 
 def assert_onnxruntime_parity(detector, float_graph, quantized, images):
     view = simulate(detector, quantized)
-    reference, run = onnxruntime_codes(insert_qdq(float_graph, quantized, storage="int4"))
+    reference, run = onnxruntime_codes(insert_qdq(float_graph, quantized, storage="int2"))
     noise = HeadNoise(reference, heads_of(view))
     for image in images:
         codes = run(image[None].numpy())

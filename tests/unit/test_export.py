@@ -75,9 +75,8 @@ def test_inputs_outputs_and_opset(float_model, static_model):
     for proto in (fixed, opened):
         assert [value.name for value in proto.graph.input] == ["images"]
         assert [value.name for value in proto.graph.output] == ["output0"]
-    assert [(entry.domain, entry.version) for entry in fixed.opset_import] == [("", 18)]
-    assert [(entry.domain, entry.version) for entry in opened.opset_import] == [("", 21)]
-    assert (fixed.ir_version, opened.ir_version) == (8, 10)  # what these opsets came with
+        assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)]
+        assert proto.ir_version == 8  # what that opset came with
 
     def shape(value):
         return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from qyolo_deploy.engines.kernels import kernel_table
 from qyolo_deploy.engines.openvino import OpenVinoRunner, _core, build_openvino
-from qyolo_deploy.engines.openvino_kernels import executed_kernels, kernel_table, profile_kernels
+from qyolo_deploy.engines.openvino_kernels import executed_kernels, profile_kernels
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.heads import expose_heads
@@ -255,7 +256,7 @@ def test_raw_maps_keep_names_order_and_open_shapes(make_detector, make_prepared,
     detector = make_detector(kind)
     view = fold_float(detector)
     quantized = freeze(make_prepared(detector), {})
-    model = expose_heads(export_float(view, 64, dynamic=True, opset=21), fold_float(detector))
+    model = expose_heads(export_float(view, 64, dynamic=True), fold_float(detector))
     plain, passed = plain_and_passed(model, quantized, frozenset(), (keep_heads_in_integers,), tmp_path)
     before, after = (_core().read_model(xml).outputs for xml in (plain, passed))
     assert [port.get_partial_shape().rank for port in after] == [port.get_partial_shape().rank for port in before]
