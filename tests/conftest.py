@@ -317,7 +317,7 @@ class Command:
     def __call__(self, *arguments, cwd=None, **environment):
         process = self.start(*arguments, cwd=cwd, **environment)
         try:
-            stdout, stderr = process.communicate(timeout=200)
+            stdout, stderr = process.communicate(timeout=900)
         finally:
             process.kill()
         return Outcome(process.returncode, stdout, stderr)

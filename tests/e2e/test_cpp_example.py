@@ -59,7 +59,7 @@ def program(repository, tmp_path_factory):
 
     def run(*arguments):
         line = [folder / "qyolo_selftest", *map(str, arguments)]
-        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(line, capture_output=True, text=True, check=False, timeout=600)
 
     return run
 

@@ -29,7 +29,7 @@ def together(tiny_build, qyolo, tmp_path_factory):
         env=qyolo.environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if line.startswith("{")]) == 1  # one process talks
@@ -61,7 +61,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(tiny_build, qyolo, t
         env=qyolo.environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert done.returncode != 0
     assert "batch is 3, expected a multiple of the 2 processes" in done.stderr

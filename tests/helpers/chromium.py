@@ -25,7 +25,7 @@ ARGUMENTS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-_SECONDS = 60
+_SECONDS = 300
 
 
 def find_chromium():
