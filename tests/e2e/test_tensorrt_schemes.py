@@ -58,7 +58,7 @@ def weights_of(tmp_path_factory):
 def network(request, make_detector, weights_of):
     """A detector, its float graph, and what the weights of that take."""
     detector = make_detector(request.param)
-    model = export_float(fold_float(detector), IMGSZ, dynamic=True, opset=21)
+    model = export_float(fold_float(detector), IMGSZ, dynamic=True)
     return request.param, detector, model, weights_of(model, f"{request.param}_fp32")
 
 
@@ -75,7 +75,6 @@ def test_every_scheme_is_built_with_weights_of_8_bits(network, weights_of, image
     found = weights_of(dialect.model, f"{name}_{label}")
     in_8_bits = sum(layer.weight.size for layer in integers.layers.values())
     assert float_bytes > 4 * in_8_bits  # biases and the constants of decoding come on top
-    # So do biases and scales of 32 bits here, and the first layer in half precision.
-    channels = sum(len(layer.weight) for layer in integers.layers.values())
-    constants = float_bytes - 4 * in_8_bits
-    assert in_8_bits <= found <= in_8_bits + constants + 8 * channels
+    # So do, here, scales of 32 bits and the first layer in half precision; kernels pad channels. In half precision the
+    # weights alone would take twice as much.
+    assert in_8_bits <= found < 2 * in_8_bits
