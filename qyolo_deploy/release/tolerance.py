@@ -9,8 +9,8 @@ generated scenes: weak scores move by as much as they are, so that only gross er
 `qyolo validate` is the better proof.
 
 Kernels that compute something else are to be found, not allowed: yolov5n with weights of full 8-bit range saturates in
-OpenVINO without VNNI instructions and is off by 0.8, scores by 0.4 (`quantization.weights.reduce_range`). A wrong channel order is 0.5 to 0.9 away on its worst input, which is told at 8 bits and
-not at 4.
+OpenVINO without VNNI instructions and is off by 0.8, scores by 0.4 (`quantization.weights.reduce_range`). A wrong
+channel order is 0.5 to 0.9 away on its worst input, which is told at 8 bits and not at 4.
 """
 
 import re
