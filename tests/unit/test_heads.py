@@ -118,8 +118,8 @@ def save(model, runtime, folder):
 
 
 def threshold_between(scores):
-    """A high threshold in a gap between scores, so that rounding lifts none above it."""
-    levels = np.unique(scores)
+    """A threshold that a tenth of the candidates pass, in a gap between scores, so that rounding lifts none above it."""
+    levels = np.unique(scores.max(axis=1))
     levels = levels[int(0.9 * len(levels)) :]
     widest = np.diff(levels).argmax()
     return float(levels[widest : widest + 2].mean())
