@@ -179,7 +179,7 @@ def _build_first(
     """The build itself, which of several processes the first one does."""
     plan = Plan(loaded, recipe, data)
     if until not in _BEFORE_ENGINES:
-        check_targets(loaded.export.targets, loaded.export.storage)
+        check_targets({target: loaded.export.storage_of(target) for target in loaded.export.targets})
     folder = out / loaded.name
     if plan.release is not None and plan.release.resolve().is_relative_to(folder.resolve()):
         raise InputError(

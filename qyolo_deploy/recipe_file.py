@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from qyolo_deploy.errors import InputError
-from qyolo_deploy.recipe import Recipe
+from qyolo_deploy.recipe import STORAGE_TAGS, Recipe
 
 _EXPECTED = {
     "model_type": "expected a mapping of keys",
@@ -116,7 +116,7 @@ def _explain(path: Path, error: ValidationError, settings: Sequence[str]) -> str
     """The first of pydantic's errors as one sentence."""
     details = error.errors()
     first = details[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part not in STORAGE_TAGS)
     if first["type"] == "extra_forbidden":
         message = f"unknown key, expected one of {', '.join(_known_keys(first['loc'][:-1]))}"
     elif first["type"] == "missing":

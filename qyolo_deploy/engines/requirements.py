@@ -1,7 +1,7 @@
 """Which runtimes engines are built for and proven on, asked before any work begins."""
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from qyolo_deploy.errors import RuntimeMissingError
 
@@ -19,17 +19,16 @@ def minimum_version(target: str, storage: str) -> str:
     return _MINIMUM_OF_STORAGE.get((target, storage), MINIMUM[target])
 
 
-def check_targets(targets: Iterable[str], storage: str) -> None:
+def check_targets(storages: Mapping[str, str]) -> None:
     """Makes sure that engines for all targets can be built and measured here.
 
     Args:
-        targets: Of the recipe's section `export`.
-        storage: Its container of weights.
+        storages: Narrowest container of weights of each target in the recipe's section `export`.
 
     Raises:
         RuntimeMissingError: A runtime is not installed or too old.
     """
-    for target in targets:
+    for target, storage in storages.items():
         if target in _FINISHED_ELSEWHERE:
             continue
         hint = f'pip install "qyolo_deploy[build]", or leave {target} out of export.targets.'

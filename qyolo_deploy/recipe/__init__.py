@@ -17,7 +17,7 @@ from qyolo_deploy.recipe.checks import (
     SensitivitySection,
     ValidateSection,
 )
-from qyolo_deploy.recipe.engines import TENSORRT_GRAPH, ExportSection, NmsSection, TensorRtSection
+from qyolo_deploy.recipe.engines import STORAGE_TAGS, TENSORRT_GRAPH, ExportSection, NmsSection, TensorRtSection
 from qyolo_deploy.recipe.inputs import SYNTHETIC, DataSection, ModelSection, QuantizationSection
 from qyolo_deploy.recipe.training import (
     AugmentSection,
@@ -32,6 +32,7 @@ __all__ = [
     "LAST_RELEASE",
     "PER_CLASS",
     "SOFT_ROUNDED",
+    "STORAGE_TAGS",
     "SYNTHETIC",
     "TENSORRT_GRAPH",
     "TORCH_VIEWS",

@@ -2,11 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from qyolo_deploy.recipe.base import Fraction, Positive, Section
 
 TENSORRT_GRAPH = "tensorrt_graph_on_onnxruntime"
+
+Container = Literal["int8", "int4", "int2"]
+
+
+def _kind_of_storage(value: Any) -> str:
+    return "by_target" if isinstance(value, dict) else "one"
+
+
+Storage = Annotated[
+    Annotated[Container, Tag("one")] | Annotated[dict[Literal["onnxruntime", "openvino"], Container], Tag("by_target")],
+    Discriminator(_kind_of_storage),
+]
+STORAGE_TAGS = ("one", "by_target")  # which pydantic puts between the keys that it names
 
 
 class BatchSection(Section):
@@ -58,11 +71,11 @@ class ExportSection(Section):
         "onnxruntime",
         "openvino",
     )
-    storage: Literal["int8", "int4", "int2"] = Field(
+    storage: Storage = Field(
         "int8",
         description="Narrowest container of weights, each layer taking the narrowest that holds its grid: int4 packs "
         "those of at most 4 bits, int2 those of at most 2 bits in 2, which ONNX Runtime loads from 1.24 on; OpenVINO "
-        "has as many bits as the grid with either",
+        "has as many bits as the grid with either. By target where it is a mapping, in which what is left out is int8",
     )
     dynamic: bool = Field(True, description="Batch and image size open; false fixes 1 x 3 x imgsz x imgsz")
     head: Literal["decoded", "raw"] = Field(
@@ -74,6 +87,18 @@ class ExportSection(Section):
         None, description="Ends the engines with non-maximum suppression: [N, max_det, 6]; `true` takes the defaults"
     )
     tensorrt: TensorRtSection = TensorRtSection()
+
+    def storage_of(self, target: str) -> str:
+        """Narrowest container of weights that a target's file may have.
+
+        TensorRT's kernels take packed weights beside float activations alone.
+        """
+        if target == "tensorrt":
+            return "int4" if self.tensorrt.activations == "float" else "int8"
+        if isinstance(self.storage, str):
+            return self.storage
+        by_target: dict[str, str] = {**self.storage}
+        return by_target.get(target, "int8")
 
     @property
     def views(self) -> tuple[str, ...]:

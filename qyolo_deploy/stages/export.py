@@ -122,7 +122,7 @@ def _save(model: ir.Model, path: Path) -> Path:
 def _onnxruntime(
     context: StageContext, model: ir.Model, quantized: QuantizedModel, metadata: dict[str, object]
 ) -> Path:
-    qdq = insert_qdq(model, quantized, storage=context.recipe.export.storage)
+    qdq = insert_qdq(model, quantized, storage=context.recipe.export.storage_of("onnxruntime"))
     return _save(qdq, _onnx_path(context, quantized.scheme))
 
 
@@ -136,7 +136,8 @@ def _openvino(context: StageContext, model: ir.Model, quantized: QuantizedModel,
     with atomic_dir(folder) as temporary:
         source = temporary / "source.onnx"
         ir.save(qdq, source)
-        build_openvino(source, temporary, stem, metadata, ir_passes(quantized, context.recipe.export.storage))
+        storage = context.recipe.export.storage_of("openvino")
+        build_openvino(source, temporary, stem, metadata, ir_passes(quantized, storage))
         source.unlink()
     return folder
 

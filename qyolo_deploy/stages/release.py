@@ -166,21 +166,12 @@ def _calibration(context: StageContext) -> Calibration:
     return Calibration(images=images, name=recorded["name"], digest=recorded["digest"])
 
 
-def _storage(context: StageContext, view: str) -> str:
-    """Narrowest container of weights that a view's engine may have."""
-    export = context.recipe.export
-    if view == "float":
-        return "float32"
-    if view.startswith("tensorrt"):  # whose kernels take packed weights beside float activations alone
-        return "int4" if export.tensorrt.activations == "float" else "int8"
-    return export.storage
-
-
 def _engine(context: StageContext, view: dict[str, Any]) -> EngineEntry:
     name = view["name"]
-    storage = _storage(context, name)
     artifact = context.artifacts["validate"]
     runtime = _RUNTIME_OF.get(name, name)
+    target = "tensorrt" if name == TENSORRT_GRAPH else name
+    storage = "float32" if name == "float" else context.recipe.export.storage_of(target)
     metrics = {key: view[key] for key in ("map50_95", "map50", "map75")}
     return EngineEntry(
         view=name,

@@ -118,7 +118,7 @@ def save(model, runtime, folder):
 
 
 def threshold_between(scores):
-    """A threshold that a tenth of the candidates pass, in a gap between scores, so that rounding lifts none above it."""
+    """A threshold that a tenth of the candidates pass, in a gap between scores, so that rounding lifts none."""
     levels = np.unique(scores.max(axis=1))
     levels = levels[int(0.9 * len(levels)) :]
     widest = np.diff(levels).argmax()

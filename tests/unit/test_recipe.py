@@ -70,7 +70,7 @@ def test_defaults_follow_the_conventions_of_validation(write):
     assert recipe.validate_.letterbox == "rect"
     assert recipe.model.imgsz == 640
     assert recipe.float.epochs == 0
-    assert recipe.export.storage == "int8"
+    assert recipe.export.storage_of("onnxruntime") == "int8"
     assert recipe.release.license == "AGPL-3.0-or-later"
 
 
@@ -82,6 +82,15 @@ def test_sections_become_the_scheme_that_places_quantizers(write):
     assert (scheme.activations.bits, scheme.activations.axis, scheme.activations.signed) == (8, None, False)
     assert scheme.overrides == {"model.22.*": LayerScheme(8, 8), "model.0": LayerScheme(6, 8)}
     assert scheme.keep_float == ("*.9",)
+
+
+def test_a_target_may_have_a_storage_of_its_own(write):
+    def found(storage):
+        export = load_recipe(write({**SMALL, "export": {"storage": storage}})).export
+        return [export.storage_of(target) for target in ("onnxruntime", "openvino", "tensorrt")]
+
+    assert found("int4") == ["int4", "int4", "int8"]
+    assert found({"onnxruntime": "int2"}) == ["int2", "int8", "int8"]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +206,11 @@ def test_a_setting_of_one_section_leaves_its_yaml_alias_alone(write):
         ("quantization={weights: {bits: 9}}", "--set quantization: quantization.weights.bits: Input should be less"),
         ("quantization.weights.bits=1", "--set quantization.weights.bits: Input should be greater than or equal to 2"),
         ("extends=other.yaml", "--set extends: unknown key"),
+        ("export.storage=int5", "--set export.storage: Input should be 'int8', 'int4' or 'int2', found 'int5'"),
+        (
+            "export.storage.openvino=5",
+            "--set export.storage.openvino: Input should be 'int8', 'int4' or 'int2', found 5",
+        ),
     ],
 )
 def test_settings_that_cannot_be_applied_are_named(setting, words, write):

@@ -46,24 +46,24 @@ def test_a_build_whose_engines_could_not_be_made_is_refused_before_any_work(
 @pytest.mark.parametrize("found", ["2026.0", "2026.4.1", "2027.0.0.dev1"])
 def test_what_is_new_enough_is_taken(pretend, found):
     pretend(found)
-    check_targets(["onnxruntime", "openvino"], "int8")
+    check_targets({"onnxruntime": "int8", "openvino": "int8"})
 
 
 def test_other_targets_need_no_openvino(pretend):
     pretend(None)
-    check_targets(["onnxruntime"], "int8")
+    check_targets({"onnxruntime": "int8"})
 
 
 def test_weights_of_2_bits_need_an_onnx_runtime_that_knows_them(pretend, repository, tmp_path):
     pretend("1.23.2", "onnxruntime")
-    check_targets(["onnxruntime", "openvino"], "int4")
-    check_targets(["openvino"], "int2")
+    check_targets({"onnxruntime": "int4", "openvino": "int4"})
+    check_targets({"onnxruntime": "int8", "openvino": "int2"})
     with pytest.raises(RuntimeMissingError, match=r"onnxruntime 1\.23\.2 does not load int2, expected 1\.24") as caught:
         build(repository / "recipes" / "quickstart.yaml", ["export.storage=int2"], out=tmp_path / "out")
     assert caught.value.hint == 'pip install "onnxruntime>=1.24", or take a wider export.storage.'
     assert caught.value.exit_code == 3 and not (tmp_path / "out").exists()
     pretend("1.24.0", "onnxruntime")
-    check_targets(["onnxruntime", "openvino"], "int2")
+    check_targets({"onnxruntime": "int2", "openvino": "int2"})
     assert [minimum_version("onnxruntime", storage) for storage in ("int8", "int2")] == ["1.23", "1.24"]
 
 
