@@ -97,8 +97,7 @@ class ExportSection(Section):
             return "int4" if self.tensorrt.activations == "float" else "int8"
         if isinstance(self.storage, str):
             return self.storage
-        by_target: dict[str, str] = {**self.storage}
-        return by_target.get(target, "int8")
+        return next((container for name, container in self.storage.items() if name == target), "int8")
 
     @property
     def views(self) -> tuple[str, ...]:
