@@ -140,7 +140,6 @@ _PACKAGES = (
     _Package("ultralytics", "8.4.190", "build", "training and export"),
     _Package("onnx", "1.20", "build", "export"),
     _Package("onnx-ir", "0.1.13", "build", "export"),
-    _Package("onnxscript", "0.5", "build", "export"),
     _Package("onnxsim", "0.4.36", "build", "export"),
     _Package("jinja2", "3.1", "build", "the HTML report"),
     _Package("cyclonedx-python-lib", "9", "build", "the bill of materials of a release"),

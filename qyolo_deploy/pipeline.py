@@ -55,7 +55,7 @@ STAGES = (
     Stage("correct", 3, "correct", ("model", "quantization", "correct"), ("data", "float", "train")),
     Stage(
         "export",
-        6,
+        7,
         "export",
         ("name", "description", "model", "export", "release"),
         ("float", "train", "correct"),

@@ -98,9 +98,8 @@ def cell_offsets(maps: Sequence[Tensor], offset: float) -> list[Tensor]:
     grids = []
     for level in maps:
         height, width = level.shape[-2:]
-        x = torch.arange(width, dtype=torch.float32, device=level.device) + offset
-        y = torch.arange(height, dtype=torch.float32, device=level.device) + offset
-        x = x.reshape(1, width).expand(height, width).reshape(1, height * width)
-        y = y.reshape(height, 1).expand(height, width).reshape(1, height * width)
-        grids.append(torch.cat((x, y)))
+        x = (torch.arange(width, dtype=torch.float32, device=level.device) + offset).reshape(1, width)
+        y = (torch.arange(height, dtype=torch.float32, device=level.device) + offset).reshape(height, 1)
+        # Sums with zeros, because a tensor that is expanded to an open shape takes six operators.
+        grids.append(torch.cat([cells.reshape(1, height * width) for cells in (x + y * 0, x * 0 + y)]))
     return grids

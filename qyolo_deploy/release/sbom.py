@@ -26,7 +26,7 @@ RUNNING: Final = (
     *("pydantic", "typer", "rich", "PyYAML"),
 )
 BUILDING: Final = (
-    *("torch", "ultralytics", "onnx", "onnx-ir", "onnxscript", "onnxsim", "jinja2", "matplotlib"),
+    *("torch", "ultralytics", "onnx", "onnx-ir", "onnxsim", "jinja2", "matplotlib"),
     "cyclonedx-python-lib",
 )
 

@@ -12,12 +12,13 @@ import torch
 from helpers.engines import assert_same_codes, compare_codes, optimised, run, session_of, to_bytes
 from onnx import TensorProto, helper
 from safetensors.torch import save_file
+from torch import nn
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.export.float_onnx import export_float
 from qyolo_deploy.export.qdq import insert_qdq
 from qyolo_deploy.graph.freeze import freeze
-from qyolo_deploy.graph.simulate import fold_float, simulate
+from qyolo_deploy.graph.simulate import View, fold_float, simulate
 from qyolo_deploy.models.registry import with_activation
 from qyolo_deploy.quant.model import QuantizedModel
 from qyolo_deploy.quant.spec import QuantScheme, QuantSpec
@@ -49,6 +50,17 @@ def test_open_shapes_take_other_batches_and_sizes_than_the_example(float_model, 
     images = some_images(*shape)
     with torch.no_grad():
         assert_near(run(float_model, images), pico(images).numpy())
+
+
+def test_a_graph_that_took_a_size_for_a_constant_is_refused(pico):
+    class Sized(nn.Module):
+        def forward(self, maps):
+            return maps[0].flatten(2) * float(maps[0].shape[3])
+
+    view = View(fold_float(pico).core, Sized())
+    with pytest.raises(InputError, match="does not compute what the network computes"):
+        export_float(view, 64, dynamic=True)
+    assert run(export_float(view, 64, dynamic=False), some_images(1, 3, 64, 64)).shape[2] == 64
 
 
 def test_a_fixed_shape_computes_the_same_and_refuses_others(static_model, pico):

@@ -12,7 +12,7 @@ import pytest
 
 import qyolo_deploy
 
-BUILD_SIDE = ("torch", "ultralytics", "onnx", "onnx_ir", "onnxscript", "onnxsim", "jinja2", "matplotlib", "openvino")
+BUILD_SIDE = ("torch", "ultralytics", "onnx", "onnx_ir", "onnxsim", "jinja2", "matplotlib", "openvino")
 # Everything else of the package belongs to the runtime side.
 BUILD_MODULES = re.compile(r"qyolo_deploy\.(models|training|graph|qat|qc|export|stages\.|release\.(report|sbom)\b)")
 
@@ -208,7 +208,7 @@ def test_doctor_tells_what_is_missing_and_how_to_get_it(light_qyolo):
     found = {finding["component"]: finding for finding in last_json(process)["findings"]}
     for component in ("onnxruntime", "faster-coco-eval", "pycocotools", "opencv-python"):
         assert (found[component]["status"], found[component]["remedy"]) == ("ok", "")
-    for component in ("torch", "ultralytics", "onnx", "onnx-ir", "onnxscript", "onnxsim", "jinja2"):
+    for component in ("torch", "ultralytics", "onnx", "onnx-ir", "onnxsim", "jinja2"):
         assert (found[component]["status"], found[component]["version"]) == ("missing", "")
         assert found[component]["remedy"] == 'pip install "qyolo_deploy[build]"'
     assert found["openvino"]["status"] == "missing"

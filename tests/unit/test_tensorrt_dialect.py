@@ -269,7 +269,7 @@ def test_only_where_no_reader_pads_a_tensor_is_shifted(two_readers, make_scheme,
 
     class Sum(torch.nn.Module):
         def forward(self, maps):
-            return maps[0].mean((2, 3)) + maps[1].mean((2, 3))
+            return (maps[0].mean((2, 3)) + maps[1].mean((2, 3)))[..., None]
 
     model = export_float(View(traced.eval(), Sum()).eval(), 16, dynamic=False)
     made = tensorrt_dialect(model, integers)
