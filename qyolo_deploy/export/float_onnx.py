@@ -25,6 +25,7 @@ _CORE = "core."
 _OPSET = 18  # loads in every runtime of the last years; packed weights raise it
 _AXES = {0: "batch", 2: "height", 3: "width"}
 _COARSEST_STRIDE = 64
+_MORE_THAN_RGB = 4
 _TOLERANCE = 1e-3  # of the largest value of a row of the output
 
 
@@ -49,10 +50,11 @@ def export_float(view: View, imgsz: int, dynamic: bool) -> ir.Model:
     proto, _ = onnxsim.simplify(_export(network, example, dynamic))
     del proto.graph.output[1:]  # they have kept the names so far
     _drop_scopes(proto)
-    _read_sizes_from_images(proto.graph, network.strides)
+    _read_sizes_from_images(proto.graph, network.shapes)
     # A trace keeps whatever it takes for a constant, so that open shapes are tried on another one.
     other = (1, 3, imgsz + 2 * _COARSEST_STRIDE, _COARSEST_STRIDE)
-    _check(proto, view, torch.rand(other if dynamic else example.shape))
+    seeded = torch.Generator().manual_seed(0)
+    _check(proto, view, torch.rand(other if dynamic else example.shape, generator=seeded))
     # The exporter writes a version that runtimes of two years ago refuse, whatever the content needs.
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
     model: ir.Model = ir.from_proto(proto)
@@ -70,7 +72,7 @@ class _Tapped(nn.Module):
 
     Attributes:
         names: Of what it gives beside.
-        strides: Pixels per cell of each head map; known once it has run.
+        shapes: Channels and pixels per cell of what has both; known once it has run.
     """
 
     def __init__(self, view: View) -> None:
@@ -79,22 +81,22 @@ class _Tapped(nn.Module):
         assert isinstance(core, fx.GraphModule)
         calls = [node for node in core.graph.nodes if node.op == "call_module"]
         (end,) = (node for node in core.graph.nodes if node.op == "output")
-        maps = end.args[0]
-        end.args = ((maps, tuple(calls)),)
+        end.args = ((end.args[0], tuple(calls)),)
         for node in core.graph.nodes:
             if call_name(node) == "chunk":
                 node.op, node.target = "call_function", _chunk
         core.recompile()
         self.names = [str(node.target) for node in calls]
-        self.strides: dict[str, int] = {}
-        self._heads = [str(node.target) for node in maps]
+        self.shapes: dict[str, tuple[int, int]] = {}
         self.core, self.decode = core, view.decode
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         maps, taps = self.core(images)
-        self.strides = {
-            name: int(images.shape[2]) // int(head.shape[2]) for name, head in zip(self._heads, maps, strict=True)
-        }
+        for name, tap in zip(self.names, taps, strict=True):
+            sides = [int(side) for side in tap.shape]
+            stride = int(images.shape[2]) // sides[2] if len(sides) == len(images.shape) else 0
+            if stride and sides[2:] == [int(side) // stride for side in images.shape[2:]]:
+                self.shapes[name] = sides[1], stride
         return (self.decode(maps), *taps)
 
 
@@ -123,24 +125,25 @@ def _export(network: _Tapped, example: Tensor, dynamic: bool) -> onnx.ModelProto
         return onnx.load(path)
 
 
-def _read_sizes_from_images(graph: onnx.GraphProto, strides: Mapping[str, int]) -> None:
-    """Computes the sizes of head maps from those of the images.
+def _read_sizes_from_images(graph: onnx.GraphProto, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Computes the sizes of tensors from those of the images.
 
     OpenVINO (2026.4) takes the first channel's scale for all channels of a quantized tensor whose shape is read.
 
     Args:
         graph: Changed in place.
-        strides: Pixels per cell of each head map.
+        shapes: Channels of each tensor of the core, and pixels per cell.
     """
-    nodes = [node for node in graph.node if node.op_type == "Shape" and node.input[0] in strides]
-    for node in nodes:
-        stride, sizes = strides[node.input[0]], node.output[0]
+    for node in [node for node in graph.node if node.op_type == "Shape" and node.input[0] in shapes]:
+        (channels, stride), sizes = shapes[node.input[0]], node.output[0]
+        steps = [("Div", [1, _MORE_THAN_RGB, stride, stride]), ("Add", [0, channels, 0, 0])]
         node.input[0], node.output[0] = INPUT, f"{sizes}.images"
-        # No reader asks for the channels, which stay those of the images.
-        divisor = onnx.numpy_helper.from_array(np.array([1, 1, stride, stride]), f"{sizes}.strides")
-        graph.initializer.append(divisor)
-        division = onnx.helper.make_node("Div", [node.output[0], divisor.name], [sizes], f"{sizes}.cells")
-        graph.node.insert(list(graph.node).index(node) + 1, division)
+        place, value = list(graph.node).index(node), node.output[0]
+        for index, (kind, numbers) in enumerate(steps, start=1):
+            other, result = f"{sizes}.{kind}", sizes if index == len(steps) else f"{value}.{kind}"
+            graph.initializer.append(onnx.numpy_helper.from_array(np.array(numbers), other))
+            graph.node.insert(place + index, onnx.helper.make_node(kind, [value, other], [result], result))
+            value = result
 
 
 @torch.no_grad()
