@@ -52,6 +52,16 @@ def test_open_shapes_take_other_batches_and_sizes_than_the_example(float_model, 
         assert_near(run(float_model, images), pico(images).numpy())
 
 
+def test_maps_are_decoded_without_transposes(float_model, static_model, anchor_model):
+    detector, anchors = anchor_model
+    for model in (float_model, static_model, anchors):
+        assert "Transpose" not in {node.op_type for node in model.graph}
+    for shape in [(2, 3, 128, 160), (1, 3, 96, 64)]:
+        images = some_images(*shape)
+        with torch.no_grad():
+            assert_near(run(anchors, images), detector(images).numpy())
+
+
 def test_a_graph_that_took_a_size_for_a_constant_is_refused(pico):
     class Sized(nn.Module):
         def forward(self, maps):

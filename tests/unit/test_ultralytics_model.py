@@ -6,14 +6,12 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from qyolo_deploy.errors import InputError
 from qyolo_deploy.models.base import ModelSpec
-from qyolo_deploy.models.decode import DflDecode
 from qyolo_deploy.models.registry import build_detector, load_detector
 from qyolo_deploy.models.ultralytics import spec_from_config
 from qyolo_deploy.models.ultralytics_env import import_ultralytics
@@ -126,26 +124,6 @@ def test_names_and_biases_are_official():
     prior = np.log(5 / 3 / (640 / 32) ** 2)  # five objects an image of 640 px
     torch.testing.assert_close(state["model.22.cv3.2.2.bias"], torch.full((3,), float(prior)))
     assert model.core.get_submodule("model.0.bn").eps == 1e-3
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_decode_exports_without_transposes(dynamic):
-    decode = DflDecode(16, (8, 16, 32)).eval()
-
-    def maps(batch_size, height, width):
-        torch.manual_seed(height)
-        sizes = [(batch_size, c, height // s, width // s) for s in (8, 16, 32) for c in (64, 3)]
-        return tuple(torch.randn(size) for size in sizes)
-
-    axis = torch.export.Dim.DYNAMIC
-    shapes = (tuple({0: axis, 2: axis, 3: axis} for _ in range(6)),) if dynamic else None
-    example = maps(2, 128, 160)
-    program = torch.onnx.export(decode, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    assert "Transpose" not in {node.op_type for node in program.model_proto.graph.node}
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    for inputs in (example, maps(1, 96, 64)) if dynamic else (example,):
-        feed = {i.name: m.numpy() for i, m in zip(session.get_inputs(), inputs, strict=True)}
-        np.testing.assert_allclose(session.run(None, feed)[0], decode(inputs), rtol=1e-5, atol=1e-4)
 
 
 def test_config_by_path_and_content_is_that_by_name(tmp_path):

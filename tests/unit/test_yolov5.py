@@ -7,7 +7,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -109,26 +108,6 @@ def test_core_is_traced_with_only_torch_modules_as_leaves():
     x = torch.rand(1, 3, 64, 96)
     for traced, direct in zip(graph(x), model.core(x), strict=True):
         assert torch.equal(traced, direct)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_decode_exports_without_transposes(dynamic):
-    decode = AnchorDecode(ANCHORS, (8, 16, 32)).eval()
-
-    def maps(batch, height, width):
-        torch.manual_seed(height)
-        return tuple(torch.randn(batch, 3 * 7, height // s, width // s) for s in (8, 16, 32))
-
-    axis = torch.export.Dim.DYNAMIC
-    shapes = (tuple({0: axis, 2: axis, 3: axis} for _ in range(3)),) if dynamic else None
-    example = maps(2, 128, 160)
-    program = torch.onnx.export(decode, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False)
-    kinds = {node.op_type for node in program.model_proto.graph.node}
-    assert "Transpose" not in kinds
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    for inputs in (example, maps(1, 96, 64)) if dynamic else (example,):
-        feed = {i.name: m.numpy() for i, m in zip(session.get_inputs(), inputs, strict=True)}
-        np.testing.assert_allclose(session.run(None, feed)[0], decode(inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_fresh_head_expects_about_eight_objects_an_image():
